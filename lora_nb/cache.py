@@ -1,0 +1,75 @@
+"""What needs computing once is computed once: latent moments of a picture, encoder hidden states of a caption.
+
+The moments are kept, not a drawn latent, so the posterior stays random and a cached run equals an uncached one.
+"""
+
+from collections.abc import Hashable
+
+import torch
+
+from lora_nb import data
+from lora_nb.config import DataSpec
+from lora_nb.errors import NumericsError
+from lora_nb.families import Batch, Family
+
+
+class Cache:
+    """Makes the batch at any global sample positions, remembering what does not change.
+
+    Moments are remembered by picture and flip; a picture that is cropped at random has too many to keep, and is encoded
+    each time. Caption states are remembered unless a text encoder trains.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pictures: data.Pictures,
+        spec: DataSpec,
+        seed: int,
+        latents: bool = True,
+        captions: bool = True,
+    ):
+        self.family, self.pictures, self.spec, self.seed = family, pictures, spec, seed
+        self.keep_latents, self.keep_captions = latents, captions
+        self._moments: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._states: dict[str, torch.Tensor] = {}
+
+    def batch(self, positions: list[int]) -> Batch:
+        """The batch of these sample positions, a pure function of (seed, positions)."""
+        rows = [data.row_at(p, len(self.pictures), self.seed) for p in positions]
+        return self.rows(rows, positions)
+
+    def rows(self, rows: list[int], positions: list[int]) -> Batch:
+        """The batch of named pictures; the positions name their random draws."""
+        captions = [self.pictures.caption(r, p, self.seed) for r, p in zip(rows, positions, strict=True)]
+        moments = [self._picture(r, p) for r, p in zip(rows, positions, strict=True)]
+        return Batch(
+            positions=positions,
+            seed=self.seed,
+            captions=captions,
+            moments=(torch.cat([m for m, _ in moments]), torch.cat([s for _, s in moments])),
+            text_states=torch.cat([self._caption(c) for c in captions]) if self.keep_captions else None,
+        )
+
+    def _picture(self, row: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self.pictures.rows[row]
+        one_crop = self.spec.center_crop or shape.width == shape.height
+        key = (row, data.transform_key(self.spec, shape, position, self.seed))
+        if key in self._moments:
+            return self._moments[key]
+        picture = data.pixels(self.pictures.image(row), self.spec, position, self.seed)
+        moments = self.family.moments(picture[None])
+        if not all(torch.isfinite(m).all() for m in moments):
+            raise NumericsError(
+                f"The VAE turns {shape.name} into numbers that are not finite; "
+                "take the picture out, or use a VAE that is safe in this precision."
+            )
+        if self.keep_latents and one_crop:
+            self._moments[key] = moments
+        return moments
+
+    @torch.no_grad()
+    def _caption(self, caption: str) -> torch.Tensor:
+        if caption not in self._states:
+            self._states[caption] = self.family.text_states([caption]).cpu()
+        return self._states[caption]

@@ -1,0 +1,72 @@
+"""The model families by name, and how to tell which one a base model is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_nb.errors import ModelError
+from lora_nb.families.base import Batch, Family
+from lora_nb.families.sd import StableDiffusion
+
+REGISTRY: dict[str, type] = {family.name: family for family in (StableDiffusion,)}
+
+__all__ = ["REGISTRY", "Batch", "Family", "guess", "load_family"]
+
+
+def guess(model: str, revision: str | None = None) -> str:
+    """The family name of a diffusers folder or Hub model, read from its model_index.json.
+
+    Raises ModelError if there is no such folder, no index in it, or no family for its pipeline class.
+    """
+    index = _index(model, revision)
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is no diffusers index ({error}); give a folder saved by diffusers.") from error
+    for name, family in REGISTRY.items():
+        if family.pipeline_class.__name__ == kind:
+            return name
+    known = ", ".join(f"{name} ({family.pipeline_class.__name__})" for name, family in REGISTRY.items())
+    raise ModelError(f"{model} is a {kind}, for which there is no family here; there are: {known}.")
+
+
+def _index(model: str, revision: str | None) -> Path:
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(
+                f"The folder {model} holds no model_index.json, so it is no diffusers base model; "
+                "give the folder that contains unet/, vae/ and model_index.json."
+            )
+        return folder / "model_index.json"
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(f"There is no base model folder {model}; check the path, or give a Hub name owner/model.")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "model_index.json", revision=revision))
+    except Exception as error:  # the Hub client raises a dozen kinds: offline, gated, absent, timeouts
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"The base model {model} is neither a folder here nor reachable on the Hub ({reason}); "
+            "check the name, your network and, for gated models, your token."
+        ) from error
+
+
+def load_family(name: str, model: str, **options: Any) -> Family:
+    """Load a base model as a family; name "auto" reads the family from the model's index.
+
+    options: dtype, device, prediction_type, snr_gamma, revision, variant.
+    Raises ModelError if the name is unknown or the folder is no complete model of that family.
+    """
+    if name == "auto":
+        name = guess(model, options.get("revision"))
+    if name not in REGISTRY:
+        raise ModelError(f"There is no family {name!r}; choose one of {', '.join(REGISTRY)} or auto.")
+    if guess(model, options.get("revision")) != name:
+        raise ModelError(f"{model} is not of the family {name!r}; leave family at auto.")
+    try:
+        return REGISTRY[name].load(model, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"The base model {model} is incomplete or damaged ({reason}); get it again.") from error

@@ -1,0 +1,90 @@
+"""The contract of a model family: all that the loss, the trainer and the adapters know about a model.
+
+The training steps of all families differ in four places: how x0 is made, how the condition is made, what is noised and
+predicted (the objective), and how the network is called. A new family is one file that fills in these places.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from lora_nb.objectives import Diffusion
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pictures of one micro-step.
+
+    positions: global sample numbers; they name every random draw of these pictures.
+    captions: B strings, after choice and dropout.
+    pixels: (B, 3, H, W) float32 in [-1, 1], or None where `moments` are given.
+    moments: (mean, std) of the latents, each (B, C, h, w) float32, scaled; or None.
+    text_states: encoder hidden states (B, tokens, width) if no text encoder trains; or None.
+    """
+
+    positions: list[int]
+    seed: int
+    captions: list[str]
+    pixels: torch.Tensor | None = None
+    moments: tuple[torch.Tensor, torch.Tensor] | None = None
+    text_states: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class Family(Protocol):
+    """One kind of model, loaded and frozen.
+
+    trainable: the modules that may carry LoRA, by the name used in configs and files.
+    targets: the default LoRA target modules of each.
+    resolution: the side of the pictures it was trained on. pixel_multiple: what a side must be divisible by.
+    """
+
+    name: str
+    objective: Diffusion
+    trainable: dict[str, torch.nn.Module]
+    targets: dict[str, tuple[str, ...]]
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    resolution: int
+    pixel_multiple: int
+
+    @classmethod
+    def load(cls, model: str, **options: Any) -> "Family":
+        """Called once per run. In: a folder or Hub name. Out: modules frozen, in eval mode, on the device."""
+        ...
+
+    def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called once per picture when cached. In: (B, 3, H, W) in [-1, 1]. Out: mean and std of x0, no gradient."""
+        ...
+
+    def text_states(self, captions: list[str]) -> torch.Tensor:
+        """Called once per caption when cached. Out: (B, tokens, width); has a gradient where a text encoder trains."""
+        ...
+
+    def latents(self, batch: Batch) -> torch.Tensor:
+        """Called every micro-step. Out: x0 (B, C, h, w) float32, drawn from the moments, no gradient."""
+        ...
+
+    def condition(self, batch: Batch) -> dict[str, Any]:
+        """Called every micro-step. Out: keyword arguments of the network, handed to `predict`."""
+        ...
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+        """Called every micro-step. In: noisy latents and timesteps (B,). Out: prediction, same shape as x_t."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Called by figures only. In: x0. Out: pixels (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def pipeline(self) -> Any:
+        """Called for sampling. Out: a diffusers pipeline that shares these very modules."""
+        ...
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Called before the first step if asked for."""
+        ...

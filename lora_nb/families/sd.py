@@ -1,0 +1,126 @@
+"""Stable Diffusion 1.x and 2.x: a VAE, one CLIP text encoder, a UNet; epsilon or v-prediction."""
+
+from typing import Any
+
+import torch
+
+from lora_nb import rng
+from lora_nb.families._imports import StableDiffusionPipeline, quiet
+from lora_nb.families.base import Batch
+from lora_nb.objectives import Diffusion
+
+
+class StableDiffusion:
+    """The family of StableDiffusionPipeline (Rombach et al. 2022)."""
+
+    name = "sd"
+    pipeline_class = StableDiffusionPipeline
+    targets = {
+        "unet": ("to_k", "to_q", "to_v", "to_out.0"),
+        "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    }
+
+    def __init__(self, pipeline: Any, objective: Diffusion, dtype: torch.dtype, device: torch.device):
+        self.unet, self.vae = pipeline.unet, pipeline.vae
+        self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
+        self.scheduler, self.objective = pipeline.scheduler, objective
+        self.dtype, self.device = dtype, device
+        self.trainable = {"unet": self.unet, "text_encoder": self.text_encoder}
+        # The VAE stays in float32: half precision overflows in some, and it runs once per picture.
+        for module, kind in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
+            torch.nn.Module.to(module, device, kind)  # the library's own `to` warns even where nothing is at stake
+            module.requires_grad_(False).eval()
+        self.pixel_multiple = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.resolution = self.unet.config.sample_size * self.pixel_multiple
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        prediction_type: str | None = None,
+        snr_gamma: float | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> "StableDiffusion":
+        """The family of a diffusers folder or Hub name; the objective follows the model's own scheduler."""
+        with quiet():
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                model,
+                revision=revision,
+                variant=variant,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+        objective = Diffusion.from_scheduler(pipeline.scheduler, prediction_type, snr_gamma)
+        return cls(pipeline, objective, dtype, torch.device(device))
+
+    @torch.no_grad()
+    def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the scaled latents, (B, C, h, w) each, float32 on the CPU.
+
+        Pictures are encoded one by one, so that a picture's latents do not depend on its neighbours in the batch.
+        """
+        means, stds = [], []
+        for picture in pixels:
+            posterior = self.vae.encode(picture[None].to(self.device, torch.float32)).latent_dist
+            means.append(posterior.mean.cpu() * self.vae.config.scaling_factor)
+            stds.append(posterior.std.cpu() * self.vae.config.scaling_factor)
+        return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
+
+    def token_ids(self, captions: list[str]) -> torch.Tensor:
+        """Token numbers (B, model_max_length), padded and cut as the pipeline does it."""
+        return self.tokenizer(
+            captions,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
+
+    def text_states(self, captions: list[str]) -> torch.Tensor:
+        """The text encoder's last hidden states, (B, model_max_length, width)."""
+        return self.text_encoder(self.token_ids(captions))[0]
+
+    def latents(self, batch: Batch) -> torch.Tensor:
+        """x0 = mean + std * noise of the VAE posterior, float32 on the device."""
+        mean, std = batch.moments if batch.moments is not None else self.moments(batch.pixels)
+        noise = rng.normal(mean.shape[1:], batch.seed, "posterior", batch.positions)
+        return (mean + std * noise).to(self.device)
+
+    def condition(self, batch: Batch) -> dict[str, Any]:
+        """Cross-attention's encoder hidden states."""
+        states = batch.text_states if batch.text_states is not None else self.text_states(batch.captions)
+        return {"encoder_hidden_states": states.to(self.device, self.dtype)}
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+        """The UNet's output at timesteps t in 0..T-1."""
+        return self.unet(x_t.to(self.dtype), t.to(self.device), **condition).sample
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] of scaled latents."""
+        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """A sampling pipeline over these modules; it needs no dtype change of its own."""
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory in the UNet and, where it trains, in the text encoder."""
+        self.unet.enable_gradient_checkpointing()
+        enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)  # its name from transformers 5.2x
+        (enable or self.text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})

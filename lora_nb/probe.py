@@ -1,0 +1,69 @@
+"""The probe: the loss on held-out pictures at fixed noise and timesteps, as a paired difference to the base model.
+
+The training loss jumps with the timestep that was drawn. Here the draws are the same each time, so what differs between
+two measurements is the adapter.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from lora_nb import adapters, data
+from lora_nb.cache import Cache
+from lora_nb.config import DataSpec
+from lora_nb.families import Family
+from lora_nb.loss import diffusion_loss
+
+SEED = 20_210_617  # the same for all runs, so that runs can be compared
+DRAWS = 2  # noise draws per picture; their mean counts once
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Mean loss with adapter and of the base; difference = loss - base, negative is better.
+
+    standard_error: of the mean paired difference over n pictures. by_timestep: (t, loss, base) of every draw.
+    """
+
+    step: int
+    loss: float
+    base: float
+    difference: float
+    standard_error: float
+    n: int
+    by_timestep: list[tuple[int, float, float]]
+
+
+class Probe:
+    """Held-out pictures with their fixed draws; the base model's losses are measured once."""
+
+    def __init__(self, family: Family, pictures: data.Pictures, spec: DataSpec, size: int, batch_size: int, captions: bool):
+        still = dataclasses.replace(spec, center_crop=True, random_flip=False, caption_dropout=0.0)
+        self.family, self.batch_size = family, batch_size
+        self.n = min(size, len(pictures))
+        self.cache = Cache(family, pictures, still, SEED, captions=captions)
+        with adapters.disabled(family):
+            self.base, self.timesteps = self._losses()
+
+    @torch.no_grad()
+    def _losses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and timestep of each draw, (DRAWS, n) each."""
+        losses, timesteps = [], []
+        for start in range(0, self.n * DRAWS, self.batch_size):
+            positions = list(range(start, min(start + self.batch_size, self.n * DRAWS)))
+            batch = self.cache.rows([p % self.n for p in positions], positions)
+            result = diffusion_loss(self.family, batch)
+            losses.append(result.per_image.cpu())
+            timesteps.append(result.timesteps.cpu())
+        return torch.cat(losses).view(DRAWS, self.n), torch.cat(timesteps).view(DRAWS, self.n)
+
+    def measure(self, step: int) -> ProbeResult:
+        """The probe with the adapters as they are now."""
+        losses, _ = self._losses()
+        paired = (losses - self.base).mean(0)  # (n,)
+        error = (paired.std() / self.n**0.5).item() if self.n > 1 else float("inf")
+        rows = zip(self.timesteps.flatten().tolist(), losses.flatten().tolist(), self.base.flatten().tolist(), strict=True)
+        return ProbeResult(
+            step, losses.mean().item(), self.base.mean().item(), paired.mean().item(), error, self.n, sorted(rows)
+        )

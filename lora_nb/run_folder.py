@@ -1,0 +1,139 @@
+"""The folder of a run: its config, its history, and whether a config may go on in it."""
+
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_nb import checkpoint
+from lora_nb.config import TrainConfig
+from lora_nb.errors import CheckpointError
+from lora_nb.files import write_atomically
+
+CONFIG, HISTORY = "config.json", "history.jsonl"
+
+# Settings that change what is looked at or kept, not what is learned: they may differ when a run goes on.
+FREE = {
+    "output_dir", "overwrite", "resume_from_checkpoint", "resume_override", "max_train_steps", "num_train_epochs",
+    "validation_prompts", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
+    "guidance_scale", "guidance_rescale", "probe_steps", "probe_size", "checkpointing_steps",
+    "checkpoints_total_limit", "report_to", "logging_dir", "cache_latents", "dataloader_num_workers", "seed",
+    "gradient_checkpointing", "data.validation_data_dir",
+}  # fmt: skip
+
+
+def read_config(folder: str | Path) -> TrainConfig:
+    """The resolved config of a run; raises CheckpointError if there is no run in the folder."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"There is no run in {folder} (no {CONFIG}); train one there first.")
+    return TrainConfig.from_json(path.read_text(encoding="utf-8"))
+
+
+def read_history(folder: str | Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; a last line cut off by a crash is left out."""
+    path = Path(folder) / HISTORY
+    if not path.is_file():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            break
+    return events
+
+
+def append(folder: Path, event: dict[str, Any]) -> None:
+    """Add one line to the history."""
+    with open(folder / HISTORY, "a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drop what the history says of steps after `step`; they are about to be done again."""
+    events = [e for e in read_history(folder) if e.get("step", 0) <= step]
+    write_atomically(folder / HISTORY, "".join(json.dumps(e) + "\n" for e in events))
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings, by dotted name, that change what is learned and differ between two configs."""
+    a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    return {
+        name: (a.get(name), b.get(name))
+        for name in sorted(a.keys() | b.keys())
+        if name not in FREE and a.get(name) != b.get(name)
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return out
+
+
+def prepare(config: TrainConfig) -> tuple[TrainConfig, checkpoint.Checkpoint | None]:
+    """Fill in the seed and find what to continue from: (config, checkpoint or None).
+
+    Raises CheckpointError if the folder holds another run, if an option has changed, or if the named checkpoint is not
+    there. Deletes an old run only if `overwrite` says so.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite:
+        _delete(folder)
+    old = read_config(folder) if (folder / CONFIG).is_file() else None
+    if config.seed is None:
+        seed = old.seed if old else secrets.randbits(31)
+        config = dataclasses.replace(config, seed=seed)
+    if old is None:
+        if config.resume_from_checkpoint not in (None, "latest"):
+            raise CheckpointError(f"There is no run in {folder}, so nothing to resume; leave out resume_from_checkpoint.")
+        return config, None
+    if old.seed != config.seed and "seed" not in config.resume_override:
+        raise _other_run(folder, {"seed": (old.seed, config.seed)})
+    changed = {
+        name: values for name, values in differences(old, config).items() if name not in config.resume_override
+    }
+    if changed:
+        raise _other_run(folder, changed)
+    checkpoint.sweep(folder)
+    return config, _chosen(config, folder)
+
+
+def _chosen(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
+    wanted = config.resume_from_checkpoint
+    if wanted in (None, "latest"):
+        return checkpoint.latest(folder)
+    for place in (Path(wanted), folder / Path(wanted).name):
+        if (place / checkpoint.MANIFEST).is_file():
+            return checkpoint.read(place)
+    names = ", ".join(p.name for p in checkpoint.found(folder)) or "none"
+    raise CheckpointError(f"There is no complete checkpoint at {wanted}; found in {folder}: {names}.")
+
+
+def _other_run(folder: Path, changed: dict[str, tuple[Any, Any]]) -> CheckpointError:
+    listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
+    names = ", ".join(repr(name) for name in changed)
+    return CheckpointError(
+        f"{folder} holds a run with other settings ({listed}): choose another output_dir, delete the old run with "
+        f"overwrite=True, or go on with the new values by resume_override=[{names}]."
+    )
+
+
+def _delete(folder: Path) -> None:
+    """Remove a run's own files; anything else in the folder stays."""
+    if not (folder / CONFIG).is_file():
+        return
+    for path in checkpoint.found(folder):
+        shutil.rmtree(path)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
+    for name in (HISTORY, CONFIG):
+        if (folder / name).is_file():
+            os.unlink(folder / name)

@@ -1,0 +1,118 @@
+"""Configs: JSON both ways, unknown keys refused by name, flags derived from the fields."""
+
+import argparse
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_nb.config import DataSpec, LoraSpec, TrainConfig, add_flags, from_flags
+from lora_nb.errors import ConfigError
+
+
+def parse(line: str, base: dict | None = None) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return from_flags(parser.parse_args(line.split()), base)
+
+
+@given(
+    rank=st.integers(1, 512),
+    alpha=st.none() | st.floats(0.01, 512),
+    prompts=st.lists(st.text(max_size=20), max_size=3),
+    lr=st.floats(0, 1),
+    resolution=st.integers(8, 2048),
+)
+def test_json_both_ways(rank, alpha, prompts, lr, resolution):
+    config = TrainConfig(
+        lora={"unet": LoraSpec(rank=rank, lora_alpha=alpha), "text_encoder": LoraSpec(target_modules=("q_proj",))},
+        data=DataSpec(resolution=resolution),
+        validation_prompts=tuple(prompts),
+        learning_rate=lr,
+    )
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"learning_rat": 1e-3}, "learning_rate"),
+        ({"data": {"resolutoin": 64}}, "resolution"),
+        ({"lora": {"unet": {"ranks": 4}}}, "rank"),
+        ({"lora": {"unet": {"rank": 0}}}, "rank of unet is 0"),
+        ({"lora": {"unet": {"lora_alpha": 0}}}, "lora_alpha"),
+        ({"lora": {"unet": {"lora_dropout": 1.0}}}, "lora_dropout"),
+        ({"lora": {}}, "No part"),
+        ({"max_train_steps": 0}, "max_train_steps is 0"),
+        ({"max_train_steps": "20"}, "max_train_steps must be int"),
+        ({"train_batch_size": True}, "train_batch_size must be int"),
+        ({"snr_gamma": float("nan")}, "snr_gamma"),
+        ({"lr_scheduler": "cosin"}, "cosine"),
+        ({"mixed_precision": "fp8"}, "bf16"),
+        ({"validation_prompts": "a fox"}, "list"),
+        ({"data": {"caption_dropout": 1.5}}, "between 0 and 1"),
+        ({"data": {"resolution": 4}}, "resolution"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(values, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig.from_dict(values)
+
+
+def test_not_json():
+    with pytest.raises(ConfigError, match="line 1"):
+        TrainConfig.from_json("{rank: 4}")
+
+
+def test_defaults_are_the_reference_scripts():
+    config = TrainConfig()
+    reference = {
+        "train_batch_size": 16, "num_train_epochs": 100, "gradient_accumulation_steps": 1, "learning_rate": 1e-4,
+        "lr_scheduler": "constant", "lr_warmup_steps": 500, "adam_weight_decay": 1e-2, "max_grad_norm": 1.0,
+        "checkpointing_steps": 500, "noise_offset": 0.0, "num_validation_images": 4,
+        "output_dir": "sd-model-finetuned-lora", "snr_gamma": None, "prediction_type": None,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in reference} == reference
+    assert (config.lora["unet"].rank, config.lora["unet"].scale, config.data.resolution) == (4, 1.0, 512)
+
+
+def test_every_field_has_a_flag_and_help():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    text = parser.format_help()
+    for cls in (TrainConfig, DataSpec):
+        for f in dataclasses.fields(cls):
+            assert f.metadata["help"]
+            assert f.name in ("lora", "data") or f"--{f.name}" in text
+
+
+def test_flags_reach_their_fields():
+    config = parse(
+        "--rank 8 --lora_alpha 4 --train_text_encoder --text_encoder_lr 1e-5 --random_flip --no-center_crop "
+        "--validation_prompt fox --max_train_steps 20 --train_data_dir pics --gradient_checkpointing"
+    )
+    assert config.lora["unet"] == LoraSpec(rank=8, lora_alpha=4)
+    assert config.lora["text_encoder"] == LoraSpec(rank=8, learning_rate=1e-5)
+    assert config.data == DataSpec(train_data_dir="pics", random_flip=True)
+    assert (config.validation_prompts, config.max_train_steps, config.gradient_checkpointing) == (("fox",), 20, True)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_base(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(TrainConfig(learning_rate=1e-3, max_train_steps=7).to_json())
+    config = parse(f"--config {file} --max_train_steps 9", base={"output_dir": "kept", "learning_rate": 5.0})
+    assert (config.max_train_steps, config.learning_rate) == (9, 1e-3)
+
+
+def test_text_encoder_flags_need_the_text_encoder():
+    with pytest.raises(ConfigError, match="--train_text_encoder"):
+        parse("--text_encoder_rank 4")
+    assert list(parse("--no_unet --train_text_encoder").lora) == ["text_encoder"]
+
+
+def test_replace_reaches_into_the_data():
+    config = TrainConfig().replace(resolution=128, max_train_steps=3)
+    assert (config.data.resolution, config.max_train_steps) == (128, 3)
+    with pytest.raises(ConfigError, match="resolution"):
+        config.replace(resolutions=1)

@@ -1,0 +1,232 @@
+"""The contract that every registered family keeps; a new family is tested by being registered."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_nb import adapters, data, formats
+from lora_nb.cache import Cache
+from lora_nb.config import DataSpec, LoraSpec, TrainConfig
+from lora_nb.errors import ModelError
+from lora_nb.families import REGISTRY, guess, load_family, tiny
+from lora_nb.loss import diffusion_loss
+from lora_nb.trainer import train
+
+PREDICTION_TYPES = {"sd": ("epsilon", "v_prediction")}
+CASES = [(name, kind) for name in REGISTRY for kind in PREDICTION_TYPES[name]]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
+def model(request, tmp_path_factory) -> tuple[str, Path]:
+    name, kind = request.param
+    return name, tiny.build(name, tmp_path_factory.mktemp(name), prediction_type=kind)
+
+
+@pytest.fixture
+def family(model):
+    return load_family(model[0], str(model[1]))
+
+
+@pytest.fixture
+def spec(pictures):
+    return DataSpec(train_data_dir=str(pictures), resolution=16)
+
+
+def everything(family, rank=4, alpha=2.0):
+    return {part: LoraSpec(rank=rank, lora_alpha=alpha) for part in family.trainable}
+
+
+def batch_of(family, spec, positions=(0, 1, 2), **options):
+    return Cache(family, data.load(spec, "train"), spec, seed=5, **options).batch(list(positions))
+
+
+def config_of(model, spec, folder, **changes):
+    lora = {"unet": LoraSpec(rank=2), "text_encoder": LoraSpec(rank=3, lora_alpha=6.0, learning_rate=2e-3)}
+    settings = {
+        "pretrained_model_name_or_path": str(model[1]), "data": spec, "lora": lora, "output_dir": str(folder), "seed": 1,
+        "train_batch_size": 2, "max_train_steps": 6, "learning_rate": 1e-2, "lr_warmup_steps": 0,
+        "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "checkpointing_steps": 100,
+    }  # fmt: skip
+    return TrainConfig(**settings | changes)
+
+
+def test_the_index_names_the_family(model):
+    assert guess(str(model[1])) == model[0]
+
+
+def test_shapes(family, spec):
+    batch = batch_of(family, spec, captions=False)
+    x0 = family.latents(batch)
+    assert x0.dtype == torch.float32
+    assert not x0.requires_grad
+    t = torch.tensor([0, 10, family.objective.num_timesteps - 1])
+    assert family.predict(x0, t, family.condition(batch)).shape == x0.shape
+    assert family.decode(x0).shape == (3, 3, 16, 16)
+
+
+def test_everything_is_frozen_after_loading(family):
+    assert adapters.parameters(family) == {}
+    assert not any(p.requires_grad for p in family.vae.parameters())
+
+
+def test_a_fresh_adapter_changes_nothing(family, spec):
+    batch = batch_of(family, spec, captions=False)
+    before = diffusion_loss(family, batch)
+    adapters.add(family, everything(family))
+    assert torch.equal(diffusion_loss(family, batch).per_image, before.per_image)
+
+
+def test_every_trainable_tensor_gets_a_gradient(family, spec):
+    adapters.add(family, everything(family))
+    for weights in adapters.parameters(family).values():
+        for weight in weights:
+            weight.data += 0.01  # with B = 0 the gradient of A is zero
+    diffusion_loss(family, batch_of(family, spec, captions=False)).loss.backward()
+    for weights in adapters.parameters(family).values():
+        assert all(w.grad is not None and w.grad.abs().max() > 0 for w in weights)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model, family, spec):
+    other = load_family(model[0], str(model[1]))
+    other.enable_gradient_checkpointing()
+    grads = []
+    for each in (family, other):
+        adapters.add(each, everything(each), seed=1)
+        for module in each.trainable.values():
+            module.train()
+        for weights in adapters.parameters(each).values():
+            for weight in weights:
+                weight.data += 0.01
+        diffusion_loss(each, batch_of(each, spec, captions=False)).loss.backward()
+        grads.append([w.grad for weights in adapters.parameters(each).values() for w in weights])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_one_batch_can_be_overfitted(family, spec):
+    adapters.add(family, everything(family, rank=8, alpha=8.0))
+    batch = batch_of(family, spec, captions=False)
+    weights = [w for group in adapters.parameters(family).values() for w in group]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    first = diffusion_loss(family, batch).loss.item()
+    for _ in range(60):
+        loss = diffusion_loss(family, batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.7 * first
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_cached_equals_uncached(family, spec, flip):
+    spec = DataSpec(**{**vars(spec), "random_flip": flip, "caption_dropout": 0.3})
+    cached = Cache(family, data.load(spec), spec, seed=5)
+    plain = Cache(family, data.load(spec), spec, seed=5, latents=False, captions=False)
+    for start in (0, 4, 8, 4):
+        positions = [start, start + 1, start + 2, start + 3]
+        a, b = (diffusion_loss(family, c.batch(positions)) for c in (cached, plain))
+        assert torch.allclose(a.per_image, b.per_image, atol=1e-5)
+        assert torch.equal(a.timesteps, b.timesteps)
+    assert torch.equal(cached.batch([0, 1]).moments[0], plain.batch([0, 1]).moments[0])  # bit for bit
+
+
+def test_the_loss_is_a_pure_function_of_the_batch(family, spec):
+    batch = batch_of(family, spec)
+    first = diffusion_loss(family, batch, noise_offset=0.1)
+    torch.rand(7)
+    again = diffusion_loss(family, batch, noise_offset=0.1)
+    assert torch.equal(first.per_image, again.per_image)
+    assert not torch.equal(first.per_image, diffusion_loss(family, batch).per_image)
+
+
+def test_min_snr_weighs_each_picture(model, spec):
+    family = load_family(model[0], str(model[1]), snr_gamma=0.5)
+    result = diffusion_loss(family, batch_of(family, spec))
+    expected = (result.per_image * family.objective.weight(result.timesteps)).mean()
+    assert torch.allclose(result.loss, expected)
+    assert not torch.allclose(result.loss, result.per_image.mean())
+
+
+def test_training_lowers_the_probe_and_the_file_holds_all_of_it(model, spec, tmp_path):
+    training = train(config_of(model, spec, tmp_path, max_train_steps=30))
+    steps = list(training)
+    assert steps[-1].probe.difference < 0
+    pipeline = REGISTRY[model[0]].load(str(model[1])).pipeline()
+    pipeline.load_lora_weights(str(tmp_path), weight_name=formats.FILE_NAME)
+    for part, module in training.family.trainable.items():
+        other = getattr(pipeline, part)
+        ours = {n: layer for n, layer in adapters.layers(module)}
+        theirs = {n: layer for n, layer in adapters.layers(other)}
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            change = ours[name].get_delta_weight("default")
+            other_name = theirs[name].active_adapters[0]
+            assert torch.allclose(change, theirs[name].get_delta_weight(other_name), atol=1e-7)
+    sampling = {"num_inference_steps": 3, "output_type": "pt", "height": 16, "width": 16}
+    ours, theirs, base = (
+        p(prompt="colour 3", generator=torch.Generator().manual_seed(0), **sampling).images
+        for p in (training.family.pipeline(), pipeline, REGISTRY[model[0]].load(str(model[1])).pipeline())
+    )
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, base, atol=1e-3)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_resume_equals_uninterrupted(model, spec, tmp_path, stop_after):
+    spec = DataSpec(**{**vars(spec), "random_flip": True, "caption_dropout": 0.3})
+    straight = list(train(config_of(model, spec, tmp_path / "a")))
+    for step in train(config_of(model, spec, tmp_path / "b")):
+        if step.step == stop_after:
+            break
+    resumed = train(config_of(model, spec, tmp_path / "b"))
+    assert resumed.start_step == stop_after
+    rest = list(resumed)
+    assert [s.loss for s in rest] == [s.loss for s in straight[stop_after:]]
+    assert [s.timesteps for s in rest] == [s.timesteps for s in straight[stop_after:]]
+    states = [formats_state(tmp_path / run / "checkpoint-6") for run in "ab"]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def formats_state(folder):
+    from lora_nb import checkpoint
+
+    return checkpoint.read(folder).tensors
+
+
+def test_a_bfloat16_base_keeps_float32_adapters_and_learns(model, spec, tmp_path):
+    training = train(config_of(model, spec, tmp_path, mixed_precision="bf16", max_train_steps=8))
+    before = adapters.state(training.family)
+    steps = list(training)
+    assert all(torch.isfinite(torch.tensor(s.loss)) for s in steps)
+    after = adapters.state(training.family)
+    moved = total = 0
+    for part in before:
+        assert all(w.dtype == torch.float32 for w in adapters.parameters(training.family)[part])
+        for key in before[part]:
+            moved += (before[part][key] != after[part][key]).sum().item()
+            total += before[part][key].numel()
+    assert moved > 0.99 * total
+
+
+def test_a_folder_without_weights_is_refused(model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model[1], broken)
+    for weights in (broken / "unet").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ModelError, match="incomplete"):
+        load_family("auto", str(broken))
+
+
+def test_wrong_models_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        load_family("auto", str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioLDMPipeline"}')
+    with pytest.raises(ModelError, match="AudioLDMPipeline"):
+        load_family("auto", str(tmp_path))
+    with pytest.raises(ModelError, match="no base model folder"):
+        load_family("auto", str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="no family 'sdd'"):
+        load_family("sdd", str(tmp_path))
