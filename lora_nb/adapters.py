@@ -1,7 +1,7 @@
 """Adapters on a family's trainable modules: add, freeze, count, scale, look inside, take off.
 
-The layers are peft's. What is decided here: start values by named randomness, float32 whatever the base's dtype, and one
-place that says which weights train.
+The layers are peft's. What is decided here: start values by named randomness, float32 whatever the base's dtype, and
+one place that says which weights train.
 """
 
 from collections.abc import Iterator
@@ -80,7 +80,8 @@ def has_adapter(module: torch.nn.Module) -> bool:
 def parameters(family: Family) -> dict[str, list[torch.nn.Parameter]]:
     """The trainable weights of each part that has an adapter, in a fixed order."""
     found = {
-        part: [p for p in module.parameters() if p.requires_grad] for part, module in family.trainable.items()
+        part: [p for p in module.parameters() if p.requires_grad]
+        for part, module in family.trainable.items()
     }
     return {part: weights for part, weights in found.items() if weights}
 
@@ -174,7 +175,11 @@ def forecast(module: torch.nn.Module, targets: tuple[str, ...], rank: int) -> li
             in_features = layer.weight[0].numel()
             counts.append(
                 ModuleCount(
-                    name, type(layer).__name__, in_features, out_features, rank * (in_features + out_features)
+                    name,
+                    type(layer).__name__,
+                    in_features,
+                    out_features,
+                    rank * (in_features + out_features),
                 )
             )
     return counts

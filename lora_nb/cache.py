@@ -41,14 +41,18 @@ class Cache:
 
     def rows(self, rows: list[int], positions: list[int]) -> Batch:
         """The batch of named pictures; the positions name their random draws."""
-        captions = [self.pictures.caption(r, p, self.seed) for r, p in zip(rows, positions, strict=True)]
+        captions = [
+            self.pictures.caption(r, p, self.seed) for r, p in zip(rows, positions, strict=True)
+        ]
         moments = [self._picture(r, p) for r, p in zip(rows, positions, strict=True)]
         return Batch(
             positions=positions,
             seed=self.seed,
             captions=captions,
             moments=(torch.cat([m for m, _ in moments]), torch.cat([s for _, s in moments])),
-            text_states=torch.cat([self._caption(c) for c in captions]) if self.keep_captions else None,
+            text_states=torch.cat([self._caption(c) for c in captions])
+            if self.keep_captions
+            else None,
         )
 
     def _picture(self, row: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Checkpoints: atomic, verified, exact.
 
 A checkpoint is a folder checkpoint-<step> of state.safetensors, meta.json and MANIFEST.json. It is written under a
-temporary name and renamed when every byte is on the disk; the manifest holds sizes and sha256 sums and decides whether a
-folder counts. Nothing is pickled. Randomness is by counter, so there is no random state to keep.
+temporary name and renamed when every byte is on the disk; the manifest holds sizes and sha256 sums and decides whether
+a folder counts. Nothing is pickled. Randomness is by counter, so there is no random state to keep.
 """
 
 import hashlib
@@ -35,7 +35,9 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-def save_checkpoint(run: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Path:
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]
+) -> Path:
     """Write checkpoint-<step> of a run and read it back; returns its folder.
 
     Raises CheckpointError if the disk has not enough room or refuses; older checkpoints are untouched either way.
@@ -45,7 +47,12 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, torch.Tensor], meta
         "meta.json": json.dumps({"step": step} | meta, indent=2).encode(),
     }
     contents[MANIFEST] = json.dumps(
-        {"step": step, "run": meta["run"], "files": {name: _entry(data) for name, data in contents.items()}}, indent=2
+        {
+            "step": step,
+            "run": meta["run"],
+            "files": {name: _entry(data) for name, data in contents.items()},
+        },
+        indent=2,
     ).encode()
     target = run / f"checkpoint-{step}"
     temporary = run / f".checkpoint-{step}.{secrets.token_hex(4)}.tmp"
@@ -60,7 +67,10 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, torch.Tensor], meta
         sync_folder(run)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        need, free = sum(map(len, contents.values())) / 1e6, shutil.disk_usage(_existing(run)).free / 1e6
+        need, free = (
+            sum(map(len, contents.values())) / 1e6,
+            shutil.disk_usage(_existing(run)).free / 1e6,
+        )
         raise CheckpointError(
             f"Checkpoint {step} could not be written to {run} ({error.strerror or error}): it needs {need:.1f} MB and "
             f"{free:.1f} MB are free; older checkpoints are intact."
@@ -81,12 +91,18 @@ def verify(folder: Path) -> dict[str, bytes]:
     """The files of a checkpoint, each equal to its manifest; raises CheckpointError naming the first that is not."""
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())["files"]
-        contents = {name: (folder / name).read_bytes() for name in ("state.safetensors", "meta.json")}
+        contents = {
+            name: (folder / name).read_bytes() for name in ("state.safetensors", "meta.json")
+        }
         for name, data in contents.items():
             if _entry(data) != listed[name]:
-                raise CheckpointError(f"{folder / name} is not what was written (size or sha256 differs).")
+                raise CheckpointError(
+                    f"{folder / name} is not what was written (size or sha256 differs)."
+                )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is no complete checkpoint ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint ({type(error).__name__}: {error})."
+        ) from error
     return contents
 
 

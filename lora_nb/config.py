@@ -1,9 +1,9 @@
 """What to train, on what, and how: three frozen dataclasses that are also the JSON of a run and the command-line flags.
 
-Field names are the flag names of the reference text-to-image LoRA script. Nothing here knows about models or pictures.
+Field names are the flag names of the reference text-to-image LoRA script; `flags` makes flags of them. Nothing here
+knows about models or pictures.
 """
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -27,8 +27,6 @@ INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "nearest", "box", "hamming")
 
 def _setting(default: Any, help: str) -> Any:
     """A dataclass field that carries its help text."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -39,13 +37,22 @@ class LoraSpec:
     Hu et al. 2021, section 4.1: the adapted layer computes W x + (alpha / rank) B A x.
     """
 
-    rank: int = _setting(4, "inner dimension of A and B; more rank, more trainable weights (1 to a few hundred)")
-    lora_alpha: float | None = _setting(None, "scale is alpha / rank; empty means alpha = rank, a scale of 1")
-    target_modules: tuple[str, ...] | None = _setting(
-        None, "name endings of the layers that get LoRA; empty means the family's attention projections"
+    rank: int = _setting(
+        4, "inner dimension of A and B; more rank, more trainable weights (1 to a few hundred)"
     )
-    lora_dropout: float = _setting(0.0, "chance that an input of A is dropped in training (0 to below 1)")
-    learning_rate: float | None = _setting(None, "this part's own learning rate; empty means the run's")
+    lora_alpha: float | None = _setting(
+        None, "scale is alpha / rank; empty means alpha = rank, a scale of 1"
+    )
+    target_modules: tuple[str, ...] | None = _setting(
+        None,
+        "name endings of the layers that get LoRA; empty means the family's attention projections",
+    )
+    lora_dropout: float = _setting(
+        0.0, "chance that an input of A is dropped in training (0 to below 1)"
+    )
+    learning_rate: float | None = _setting(
+        None, "this part's own learning rate; empty means the run's"
+    )
 
     @property
     def alpha(self) -> float:
@@ -62,11 +69,16 @@ class LoraSpec:
 class DataSpec:
     """Which pictures and captions, and how a picture becomes pixels."""
 
-    train_data_dir: str | None = _setting(None, "folder of pictures with metadata.jsonl or .txt captions")
-    dataset_name: str | None = _setting(None, "a data set on the Hub, or a local folder of parquet files")
+    train_data_dir: str | None = _setting(
+        None, "folder of pictures with metadata.jsonl or .txt captions"
+    )
+    dataset_name: str | None = _setting(
+        None, "a data set on the Hub, or a local folder of parquet files"
+    )
     dataset_config_name: str | None = _setting(None, "configuration of the Hub data set")
     validation_data_dir: str | None = _setting(
-        None, "held-out pictures for the probe; empty means the folder's own validation split, if any"
+        None,
+        "held-out pictures for the probe; empty means the folder's own validation split, if any",
     )
     image_column: str = _setting("image", "column with the picture")
     caption_column: str = _setting("text", "column with the caption or a list of captions")
@@ -75,35 +87,54 @@ class DataSpec:
     center_crop: bool = _setting(False, "crop the centre instead of a random place")
     random_flip: bool = _setting(False, "mirror a picture with chance one half")
     image_interpolation_mode: str = _setting("lanczos", f"resampling: {', '.join(INTERPOLATIONS)}")
-    caption_dropout: float = _setting(0.0, "chance that a caption is replaced by the empty one (0 to 1)")
+    caption_dropout: float = _setting(
+        0.0, "chance that a caption is replaced by the empty one (0 to 1)"
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: base model, adapters, data, objective, optimizer, validation, files."""
 
-    pretrained_model_name_or_path: str | None = _setting(None, "base model: a diffusers folder or a Hub name")
+    pretrained_model_name_or_path: str | None = _setting(
+        None, "base model: a diffusers folder or a Hub name"
+    )
     family: str = _setting("auto", "model family; auto reads it from the model's own index")
     revision: str | None = _setting(None, "revision of the Hub model")
     variant: str | None = _setting(None, "weight variant of the Hub model, such as fp16")
-    lora: dict[str, LoraSpec] = _setting({"unet": LoraSpec()}, "one LoRA for each trained part")
+    lora: dict[str, LoraSpec] = field(
+        default_factory=lambda: {"unet": LoraSpec()},
+        metadata={"help": "one LoRA for each trained part"},
+    )
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "the pictures"})
     output_dir: str = _setting("sd-model-finetuned-lora", "folder of the run")
-    overwrite: bool = _setting(False, "start anew where another run already lies, and delete that run")
-    seed: int | None = _setting(None, "names every random draw; empty means one is drawn and written down")
+    overwrite: bool = _setting(
+        False, "start anew where another run already lies, and delete that run"
+    )
+    seed: int | None = _setting(
+        None, "names every random draw; empty means one is drawn and written down"
+    )
 
     train_batch_size: int = _setting(16, "pictures per micro-step and process")
     gradient_accumulation_steps: int = _setting(1, "micro-steps per optimizer step")
     num_train_epochs: int = _setting(100, "passes over the pictures, if max_train_steps is empty")
     max_train_steps: int | None = _setting(None, "optimizer steps; wins over num_train_epochs")
-    gradient_checkpointing: bool = _setting(False, "recompute activations in backward: less memory, slower")
-    mixed_precision: str | None = _setting(None, "no, fp16 or bf16 for the frozen weights; adapters stay float32")
+    gradient_checkpointing: bool = _setting(
+        False, "recompute activations in backward: less memory, slower"
+    )
+    mixed_precision: str | None = _setting(
+        None, "no, fp16 or bf16 for the frozen weights; adapters stay float32"
+    )
     allow_tf32: bool = _setting(False, "TensorFloat-32 matrix products on Ampere and later")
     cache_latents: bool = _setting(True, "encode each picture once; the result is the same")
-    dataloader_num_workers: int = _setting(0, "accepted for compatibility; batches are made in the training process")
+    dataloader_num_workers: int = _setting(
+        0, "accepted for compatibility; batches are made in the training process"
+    )
 
     learning_rate: float = _setting(1e-4, "peak learning rate; LoRA takes 1e-4 to 1e-3")
-    scale_lr: bool = _setting(False, "multiply the learning rate by batch, accumulation and processes")
+    scale_lr: bool = _setting(
+        False, "multiply the learning rate by batch, accumulation and processes"
+    )
     lr_scheduler: str = _setting("constant", f"one of {', '.join(SCHEDULES)}")
     lr_warmup_steps: int = _setting(500, "optimizer steps of linear warm-up (constant has none)")
     lr_num_cycles: int = _setting(1, "hard restarts of cosine_with_restarts")
@@ -113,29 +144,47 @@ class TrainConfig:
     adam_beta2: float = _setting(0.999, "decay of AdamW's second moment")
     adam_weight_decay: float = _setting(1e-2, "AdamW's decoupled weight decay")
     adam_epsilon: float = _setting(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = _setting(1.0, "gradients of all adapters together are clipped to this norm")
+    max_grad_norm: float = _setting(
+        1.0, "gradients of all adapters together are clipped to this norm"
+    )
 
-    prediction_type: str | None = _setting(None, "epsilon, v_prediction or sample; empty means the model's own")
+    prediction_type: str | None = _setting(
+        None, "epsilon, v_prediction or sample; empty means the model's own"
+    )
     snr_gamma: float | None = _setting(None, "Min-SNR weighting; 5.0 is the paper's value")
-    noise_offset: float = _setting(0.0, "standard deviation of a constant added to each noise channel")
+    noise_offset: float = _setting(
+        0.0, "standard deviation of a constant added to each noise channel"
+    )
 
     validation_prompts: tuple[str, ...] = _setting((), "prompts of the sample pictures")
     num_validation_images: int = _setting(4, "pictures per prompt, each with its own fixed seed")
-    validation_steps: int | None = _setting(None, "optimizer steps between samples; empty means by epochs")
+    validation_steps: int | None = _setting(
+        None, "optimizer steps between samples; empty means by epochs"
+    )
     validation_epochs: int = _setting(1, "epochs between samples, if validation_steps is empty")
     num_inference_steps: int = _setting(30, "denoising steps of a sample")
     guidance_scale: float = _setting(7.5, "classifier-free guidance of a sample")
-    guidance_rescale: float = _setting(0.0, "guidance rescale of a sample (Lin et al. 2023, section 3.4)")
-    probe_steps: int = _setting(0, "optimizer steps between probes; 0 means only before and after training")
+    guidance_rescale: float = _setting(
+        0.0, "guidance rescale of a sample (Lin et al. 2023, section 3.4)"
+    )
+    probe_steps: int = _setting(
+        0, "optimizer steps between probes; 0 means only before and after training"
+    )
     probe_size: int = _setting(64, "held-out pictures in the probe")
 
     checkpointing_steps: int = _setting(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = _setting(None, "checkpoints kept besides the best; empty keeps all")
+    checkpoints_total_limit: int | None = _setting(
+        None, "checkpoints kept besides the best; empty keeps all"
+    )
     resume_from_checkpoint: str | None = _setting(
         None, "latest or a checkpoint folder; empty continues the same run if its folder holds one"
     )
-    resume_override: tuple[str, ...] = _setting((), "settings that may differ from the run that is continued")
-    report_to: str | None = _setting(None, "tracker through accelerate: tensorboard, wandb, trackio")
+    resume_override: tuple[str, ...] = _setting(
+        (), "settings that may differ from the run that is continued"
+    )
+    report_to: str | None = _setting(
+        None, "tracker through accelerate: tensorboard, wandb, trackio"
+    )
     logging_dir: str = _setting("logs", "the tracker's folder inside output_dir")
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +208,9 @@ class TrainConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"The config is not JSON (line {error.lineno}: {error.msg}).") from error
+            raise ConfigError(
+                f"The config is not JSON (line {error.lineno}: {error.msg})."
+            ) from error
         return cls.from_dict(values)
 
     def validate(self) -> None:
@@ -171,17 +222,23 @@ class TrainConfig:
         _between("caption_dropout", self.data.caption_dropout, 0, 1)
         _one_of("lr_scheduler", self.lr_scheduler, SCHEDULES)
         _one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
-        _one_of("prediction_type", self.prediction_type, (None, "epsilon", "v_prediction", "sample"))
+        _one_of(
+            "prediction_type", self.prediction_type, (None, "epsilon", "v_prediction", "sample")
+        )
         _one_of("image_interpolation_mode", self.data.image_interpolation_mode, INTERPOLATIONS)
         if not self.lora:
-            raise ConfigError("No part gets a LoRA; name at least one in lora, such as {'unet': LoraSpec(rank=4)}.")
+            raise ConfigError(
+                "No part gets a LoRA; name at least one in lora, such as {'unet': LoraSpec(rank=4)}."
+            )
         for part, spec in self.lora.items():
             _at_least(f"rank of {part}", spec.rank, 1)
             _at_least(f"lora_alpha of {part}", spec.lora_alpha, 0, strict=True)
             _at_least(f"learning_rate of {part}", spec.learning_rate, 0, strict=True)
             _between(f"lora_dropout of {part}", spec.lora_dropout, 0, 0.999)
             if spec.target_modules is not None and not spec.target_modules:
-                raise ConfigError(f"target_modules of {part} is empty; leave it out for the family's default.")
+                raise ConfigError(
+                    f"target_modules of {part} is empty; leave it out for the family's default."
+                )
 
     def replace(self, **changes: Any) -> "TrainConfig":
         """A copy with some fields changed; a field of DataSpec may be named directly."""
@@ -189,7 +246,7 @@ class TrainConfig:
         own = {f.name for f in dataclasses.fields(self)}
         for name in changes:
             if name not in own | data_fields:
-                raise ConfigError(_unknown(name, own | data_fields))
+                raise ConfigError(unknown_setting(name, own | data_fields))
         inner = {k: v for k, v in changes.items() if k in data_fields}
         outer = {k: v for k, v in changes.items() if k in own}
         if inner:
@@ -224,7 +281,9 @@ def _at_least(name: str, value: float | None, low: float, strict: bool = False) 
     if value is None:
         return
     if not (value > low if strict else value >= low):  # also refuses NaN
-        raise ConfigError(f"{name} is {value}; it must be {'more than' if strict else 'at least'} {low}.")
+        raise ConfigError(
+            f"{name} is {value}; it must be {'more than' if strict else 'at least'} {low}."
+        )
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:
@@ -238,7 +297,7 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
         raise ConfigError(f"{name} is {value!r}; choose one of {named}.")
 
 
-def _unknown(name: str, known: typing.Iterable[str], where: str = "") -> str:
+def unknown_setting(name: str, known: typing.Iterable[str], where: str = "") -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
@@ -248,12 +307,16 @@ def _unknown(name: str, known: typing.Iterable[str], where: str = "") -> str:
 def _build(cls: type, values: Any, where: str) -> Any:
     """A dataclass from plain JSON values, refusing unknown keys and wrong types by name."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'The config'} must be an object of settings, not {type(values).__name__}.")
+        raise ConfigError(
+            f"{where or 'The config'} must be an object of settings, not {type(values).__name__}."
+        )
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise ConfigError(_unknown(name, hints, where))
-    return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
+            raise ConfigError(unknown_setting(name, hints, where))
+    return cls(
+        **{name: _convert(hints[name], value, where + name) for name, value in values.items()}
+    )
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -277,88 +340,3 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}.")
     return value
-
-
-# Flags: derived from the fields, so that a new field is a new flag.
-
-_LORA_FLAGS = {
-    "rank": ("unet", "rank"),
-    "lora_alpha": ("unet", "lora_alpha"),
-    "target_modules": ("unet", "target_modules"),
-    "lora_dropout": ("unet", "lora_dropout"),
-    "text_encoder_rank": ("text_encoder", "rank"),
-    "text_encoder_lora_alpha": ("text_encoder", "lora_alpha"),
-    "text_encoder_target_modules": ("text_encoder", "target_modules"),
-    "text_encoder_lr": ("text_encoder", "learning_rate"),
-}
-_ALIASES = {"validation_prompts": ["--validation_prompt"]}
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give a parser one flag for each setting, in groups, with the dataclass's help and default."""
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings (a run's config.json); flags win over it")
-    lora = parser.add_argument_group("adapters")
-    spec_fields = {f.name: f for f in dataclasses.fields(LoraSpec)}
-    hints = typing.get_type_hints(LoraSpec)
-    for flag, (part, name) in _LORA_FLAGS.items():
-        _add_flag(lora, flag, hints[name], spec_fields[name], f" ({part})")
-    lora.add_argument("--train_text_encoder", action="store_true", help="give the text encoder a LoRA too")
-    lora.add_argument("--no_unet", action="store_true", help="leave the UNet without LoRA")
-    for title, cls in (("data", DataSpec), ("training", TrainConfig)):
-        group, hints = parser.add_argument_group(title), typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            if f.name not in ("lora", "data"):
-                _add_flag(group, f.name, hints[f.name], f, "")
-
-
-def _add_flag(group: Any, flag: str, hint: Any, f: dataclasses.Field, note: str) -> None:
-    """One flag; its default is SUPPRESS so that only what was typed overrides a --config file."""
-    kind = next((a for a in typing.get_args(hint) if a is not type(None)), hint) if _optional(hint) else hint
-    default = "" if f.default is None or f.default == () else f" [{f.default}]"
-    common: dict[str, Any] = {
-        "dest": flag,
-        "default": argparse.SUPPRESS,
-        "help": (f.metadata["help"] + note + default).replace("%", "%%"),
-    }
-    names = [f"--{flag}", *_ALIASES.get(flag, [])]
-    if kind is bool:
-        group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
-    elif typing.get_origin(kind) is tuple:
-        group.add_argument(*names, nargs="+", metavar="TEXT", **common)
-    else:
-        group.add_argument(*names, type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind], **common)
-
-
-def _optional(hint: Any) -> bool:
-    return typing.get_origin(hint) in (types.UnionType, typing.Union)
-
-
-def from_flags(namespace: argparse.Namespace, base: dict[str, Any] | None = None) -> TrainConfig:
-    """The config of parsed flags over a --config file over `base` (a plain dictionary)."""
-    given = dict(vars(namespace))
-    values = dict(base or {})
-    if path := given.pop("config", None):
-        try:
-            with open(path, encoding="utf-8") as file:
-                loaded = json.load(file)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"The config file {path} cannot be read ({error}); give a JSON file.") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"The config file {path} must hold one JSON object of settings.")
-        values |= loaded
-    lora = {part: dict(spec) for part, spec in values.get("lora", {"unet": {}}).items()}
-    if given.pop("train_text_encoder", False):
-        lora.setdefault("text_encoder", {"rank": given.get("rank", LoraSpec().rank)})
-    if given.pop("no_unet", False):
-        lora.pop("unet", None)
-    for flag, (part, name) in _LORA_FLAGS.items():
-        if flag in given:
-            if part not in lora:
-                how = "--train_text_encoder" if part == "text_encoder" else "no --no_unet"
-                raise ConfigError(f"--{flag} is for the {part}, which gets no LoRA here; add {how}.")
-            lora[part][name] = given.pop(flag)
-    data_names = {f.name for f in dataclasses.fields(DataSpec)}
-    train_names = {f.name for f in dataclasses.fields(TrainConfig)}
-    data = dict(values.get("data", {})) | {k: v for k, v in given.items() if k in data_names}
-    values |= {k: v for k, v in given.items() if k in train_names}
-    return TrainConfig.from_dict(values | {"lora": lora, "data": data})

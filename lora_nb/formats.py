@@ -1,6 +1,7 @@
 """LoRA files: write the diffusers form with its metadata, read and describe the known forms.
 
-A file is safetensors, never a pickle. Without the adapter metadata a reader takes alpha = rank, so it is always written.
+A file is safetensors, never a pickle. Without the adapter metadata a reader takes alpha = rank, so it is always
+written.
 """
 
 import json
@@ -20,6 +21,8 @@ from lora_nb.files import write_atomically
 FILE_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_METADATA = "lora_adapter_metadata"
 
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare ones
+
 # How each known form ends the key of A, B, alpha and a DoRA magnitude.
 ENDINGS = {
     "diffusers": (".lora.down.weight", ".lora.up.weight"),
@@ -27,7 +30,12 @@ ENDINGS = {
     "peft": (".lora_A.weight", ".lora_B.weight"),
     "kohya": (".lora_down.weight", ".lora_up.weight"),
 }
-KOHYA_PARTS = {"lora_unet": "unet", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2", "lora_te": "text_encoder"}
+KOHYA_PARTS = {
+    "lora_unet": "unet",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "lora_te": "text_encoder",
+}
 
 
 def save_adapter(family: Family, folder: str | Path, extra: dict[str, str] | None = None) -> Path:
@@ -47,7 +55,9 @@ def save_adapter(family: Family, folder: str | Path, extra: dict[str, str] | Non
         settings = family.trainable[part].peft_config[adapters.ADAPTER].to_dict()
         described |= {f"{part}.{name}": _plain(value) for name, value in settings.items()}
     header = {"format": "pt", ADAPTER_METADATA: json.dumps(described, indent=2, sort_keys=True)}
-    return write_atomically(Path(folder) / FILE_NAME, save(tensors, metadata=header | (extra or {})))
+    return write_atomically(
+        Path(folder) / FILE_NAME, save(tensors, metadata=header | (extra or {}))
+    )
 
 
 def _plain(value: object) -> object:
@@ -79,13 +89,16 @@ class FileReport:
 
     def table(self) -> str:
         """Plain text, a line per part."""
-        lines = [
-            f"{self.file}: {self.format} LoRA, {self.bytes / 1e6:.2f} MB, {self.tensors} tensors, {', '.join(self.dtypes)}"
-        ]
+        size, kinds = f"{self.bytes / 1e6:.2f} MB", ", ".join(self.dtypes)
+        lines = [f"{self.file}: {self.format} LoRA, {size}, {self.tensors} tensors, {kinds}"]
         lines.append(f"{'part':<16}{'layers':>8}{'rank':>10}{'alpha':>10}{'weights':>12}")
         for part, report in self.parts.items():
-            ranks, alphas = (", ".join(f"{v:g}" for v in values) for values in (report.ranks, report.alphas))
-            lines.append(f"{part:<16}{report.modules:>8}{ranks:>10}{alphas:>10}{report.parameters:>12,}")
+            ranks, alphas = (
+                ", ".join(f"{v:g}" for v in values) for values in (report.ranks, report.alphas)
+            )
+            lines.append(
+                f"{part:<16}{report.modules:>8}{ranks:>10}{alphas:>10}{report.parameters:>12,}"
+            )
         shown = {k: v for k, v in self.metadata.items() if k not in ("format", ADAPTER_METADATA)}
         lines += [f"{key}: {value[:100]}" for key, value in sorted(shown.items())]
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -99,7 +112,9 @@ def read_header(file: str | Path) -> tuple[dict[str, str], list[str]]:
         path = path / FILE_NAME
     if not path.is_file():
         raise FormatError(f"There is no LoRA file {file}; give the path of a .safetensors file.")
-    if path.open("rb").read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    with open(path, "rb") as opened:
+        start = opened.read(2)
+    if start in PICKLES:
         raise FormatError(
             f"{file} is a pickle, which can run code when it is read, and is not opened; get the safetensors version."
         )
@@ -107,7 +122,9 @@ def read_header(file: str | Path) -> tuple[dict[str, str], list[str]]:
         with safe_open(path, framework="pt") as opened:
             return dict(opened.metadata() or {}), list(opened.keys())
     except SafetensorError as error:
-        raise FormatError(f"{file} is no readable safetensors file ({error}); get it again.") from error
+        raise FormatError(
+            f"{file} is no readable safetensors file ({error}); get it again."
+        ) from error
 
 
 def inspect(file: str | Path) -> FileReport:
@@ -144,7 +161,9 @@ def inspect(file: str | Path) -> FileReport:
             parameters=sizes[part],
         )
     if "kohya" not in formats and not described:
-        problems.append("no adapter metadata: readers take alpha = rank, which may not be how it was trained")
+        problems.append(
+            "no adapter metadata: readers take alpha = rank, which may not be how it was trained"
+        )
     return FileReport(
         file=str(file),
         format=" + ".join(sorted(formats)),

@@ -20,7 +20,9 @@ class Diffusion:
     snr_gamma: the gamma of Min-SNR weighting (Hang et al. 2023), or None for the plain loss.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str, snr_gamma: float | None = None):
+    def __init__(
+        self, alphas_cumprod: torch.Tensor, prediction_type: str, snr_gamma: float | None = None
+    ):
         if prediction_type not in PREDICTION_TYPES:
             raise ConfigError(
                 f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}."
@@ -43,8 +45,12 @@ class Diffusion:
         Raises ConfigError if the scheduler has no alphas_cumprod (a flow-matching scheduler, say).
         """
         if not hasattr(scheduler, "alphas_cumprod"):
-            raise ConfigError(f"{type(scheduler).__name__} is no diffusion scheduler: it has no alphas_cumprod.")
-        return cls(scheduler.alphas_cumprod, prediction_type or scheduler.config.prediction_type, snr_gamma)
+            raise ConfigError(
+                f"{type(scheduler).__name__} is no diffusion scheduler: it has no alphas_cumprod."
+            )
+        return cls(
+            scheduler.alphas_cumprod, prediction_type or scheduler.config.prediction_type, snr_gamma
+        )
 
     @property
     def num_timesteps(self) -> int:
@@ -54,7 +60,9 @@ class Diffusion:
         """Timesteps (B,) in 0..T-1, each equally likely, from uniform numbers u (B,) in [0, 1)."""
         return (u * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
-    def _signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _signal_and_noise(
+        self, t: torch.Tensor, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped (B, 1, ...) and in the dtype of `like`."""
         alpha_bar = self.alphas_cumprod.to(like.device)[t.to(like.device)].to(like.dtype)
         alpha_bar = alpha_bar.view(-1, *[1] * (like.ndim - 1))

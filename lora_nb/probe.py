@@ -4,14 +4,12 @@ The training loss jumps with the timestep that was drawn. Here the draws are the
 two measurements is the adapter.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from lora_nb import adapters, data
 from lora_nb.cache import Cache
-from lora_nb.config import DataSpec
 from lora_nb.families import Family
 from lora_nb.loss import diffusion_loss
 
@@ -38,11 +36,12 @@ class ProbeResult:
 class Probe:
     """Held-out pictures with their fixed draws; the base model's losses are measured once."""
 
-    def __init__(self, family: Family, pictures: data.Pictures, spec: DataSpec, size: int, batch_size: int, captions: bool):
-        still = dataclasses.replace(spec, center_crop=True, random_flip=False, caption_dropout=0.0)
+    def __init__(
+        self, family: Family, pictures: data.Pictures, size: int, batch_size: int, captions: bool
+    ):
         self.family, self.batch_size = family, batch_size
         self.n = min(size, len(pictures))
-        self.cache = Cache(family, pictures, still, SEED, captions=captions)
+        self.cache = Cache(family, pictures, pictures.spec, SEED, captions=captions)
         with adapters.disabled(family):
             self.base, self.timesteps = self._losses()
 
@@ -63,7 +62,18 @@ class Probe:
         losses, _ = self._losses()
         paired = (losses - self.base).mean(0)  # (n,)
         error = (paired.std() / self.n**0.5).item() if self.n > 1 else float("inf")
-        rows = zip(self.timesteps.flatten().tolist(), losses.flatten().tolist(), self.base.flatten().tolist(), strict=True)
+        rows = zip(
+            self.timesteps.flatten().tolist(),
+            losses.flatten().tolist(),
+            self.base.flatten().tolist(),
+            strict=True,
+        )
         return ProbeResult(
-            step, losses.mean().item(), self.base.mean().item(), paired.mean().item(), error, self.n, sorted(rows)
+            step,
+            losses.mean().item(),
+            self.base.mean().item(),
+            paired.mean().item(),
+            error,
+            self.n,
+            sorted(rows),
         )

@@ -19,7 +19,9 @@ def generator(seed: int, purpose: str, index: int) -> torch.Generator:
 
 def normal(shape: Sequence[int], seed: int, purpose: str, positions: Sequence[int]) -> torch.Tensor:
     """Standard normal noise, one draw per position: (len(positions), *shape), float32."""
-    return torch.stack([torch.randn(*shape, generator=generator(seed, purpose, p)) for p in positions])
+    return torch.stack(
+        [torch.randn(*shape, generator=generator(seed, purpose, p)) for p in positions]
+    )
 
 
 def uniform(seed: int, purpose: str, positions: Sequence[int]) -> torch.Tensor:

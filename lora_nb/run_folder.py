@@ -94,17 +94,35 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, checkpoint.Checkpoint | N
         config = dataclasses.replace(config, seed=seed)
     if old is None:
         if config.resume_from_checkpoint not in (None, "latest"):
-            raise CheckpointError(f"There is no run in {folder}, so nothing to resume; leave out resume_from_checkpoint.")
+            raise CheckpointError(
+                f"There is no run in {folder}, so nothing to resume; leave out resume_from_checkpoint."
+            )
         return config, None
-    if old.seed != config.seed and "seed" not in config.resume_override:
-        raise _other_run(folder, {"seed": (old.seed, config.seed)})
-    changed = {
-        name: values for name, values in differences(old, config).items() if name not in config.resume_override
-    }
+    checkpoint.sweep(folder)
+    saved = _chosen(config, folder)
+    if saved:
+        _refuse_changes(folder, TrainConfig.from_dict(saved.meta["config"]), config)
+    return config, saved
+
+
+def save_config(config: TrainConfig) -> Path:
+    """Write a config into its run folder for a later `train`; returns the path.
+
+    Raises CheckpointError if something is trained there already with other settings.
+    """
+    folder = Path(config.output_dir)
+    if trained := checkpoint.latest(folder):
+        _refuse_changes(folder, TrainConfig.from_dict(trained.meta["config"]), config)
+    return write_atomically(folder / CONFIG, config.to_json())
+
+
+def _refuse_changes(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
+    changed = differences(old, new)
+    if new.seed is not None and old.seed != new.seed:
+        changed["seed"] = (old.seed, new.seed)
+    changed = {name: values for name, values in changed.items() if name not in new.resume_override}
     if changed:
         raise _other_run(folder, changed)
-    checkpoint.sweep(folder)
-    return config, _chosen(config, folder)
 
 
 def _chosen(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
@@ -115,7 +133,9 @@ def _chosen(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
         if (place / checkpoint.MANIFEST).is_file():
             return checkpoint.read(place)
     names = ", ".join(p.name for p in checkpoint.found(folder)) or "none"
-    raise CheckpointError(f"There is no complete checkpoint at {wanted}; found in {folder}: {names}.")
+    raise CheckpointError(
+        f"There is no complete checkpoint at {wanted}; found in {folder}: {names}."
+    )
 
 
 def _other_run(folder: Path, changed: dict[str, tuple[Any, Any]]) -> CheckpointError:

@@ -20,9 +20,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
-from diffusers.optimization import get_scheduler
 
-from lora_nb import adapters, checkpoint, data, env, formats, rng, run_folder
+from lora_nb import adapters, checkpoint, data, env, formats, optimization, rng, run_folder
 from lora_nb.cache import Cache
 from lora_nb.config import TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, NumericsError
@@ -61,23 +60,6 @@ def train(config: TrainConfig) -> "Training":
     return Training(config)
 
 
-def learning_rate_factors(config: TrainConfig, total: int) -> Any:
-    """The schedule as a pure function: factor(k) multiplies the peak learning rate in step k = 0, 1, ...
-
-    The formulas are diffusers' (`diffusers.optimization`), counted in optimizer steps whatever the accumulation.
-    """
-    carrier = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer=carrier,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
-    return schedule.lr_lambdas[0]
-
-
 class Training:
     """A run that is ready to train: config, family with adapters, pictures, optimizer, folder.
 
@@ -109,12 +91,20 @@ class Training:
             self.family.enable_gradient_checkpointing()
         self.weights = adapters.parameters(self.family)
         self.parameters = sum(p.numel() for group in self.weights.values() for p in group)
-        self.max_train_steps = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
-        self.factor = learning_rate_factors(config, self.max_train_steps)
-        self.peaks = self._peak_learning_rates()
-        self.optimizer = self.accelerator.prepare(self._optimizer())
+        self.max_train_steps = (
+            config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
+        )
+        self.factor = optimization.learning_rate_factors(config, self.max_train_steps)
+        self.peaks = optimization.peak_learning_rates(config, self.weights, self.samples_per_step)
+        self.optimizer = self.accelerator.prepare(
+            optimization.make_optimizer(
+                config, self.weights, self.peaks, self.accelerator.device.type
+            )
+        )
         self.cache = self._cache()
-        self.start_step, self.interrupted, self.probe = 0, False, None
+        self.start_step, self.interrupted = 0, False
+        self.probe: Probe | None = None
+        self.last_probe: ProbeResult | None = None
         self.run_id, self.best = secrets.token_hex(8), None
         if resume:
             self._restore(resume)
@@ -130,7 +120,9 @@ class Training:
         GradientState._reset_state()
         device = env.pick_device()
         if config.mixed_precision == "fp16" and device.name == "cpu":
-            raise ConfigError("mixed_precision is 'fp16', but there is no GPU here; use 'no', or 'bf16'.")
+            raise ConfigError(
+                "mixed_precision is 'fp16', but there is no GPU here; use 'no', or 'bf16'."
+            )
         if config.allow_tf32 and device.name == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
         return Accelerator(
@@ -153,38 +145,23 @@ class Training:
     def samples_per_step(self) -> int:
         """Pictures per optimizer step over all processes and micro-steps."""
         config = self.config
-        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        return (
+            config.train_batch_size
+            * config.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which every picture is seen about once."""
         return math.ceil(len(self.pictures) / self.samples_per_step)
 
-    def _peak_learning_rates(self) -> dict[str, float]:
-        factor = self.samples_per_step if self.config.scale_lr else 1
-        peaks = {part: self.config.lora[part].learning_rate for part in self.weights}
-        return {part: factor * (self.config.learning_rate if lr is None else lr) for part, lr in peaks.items()}
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        groups = [{"params": weights, "lr": self.peaks[part]} for part, weights in self.weights.items()]
-        settings = {
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "weight_decay": config.adam_weight_decay,
-            "eps": config.adam_epsilon,
-        }
-        if config.use_8bit_adam:
-            try:
-                from bitsandbytes.optim import AdamW8bit
-            except ImportError as error:
-                raise ConfigError("use_8bit_adam needs bitsandbytes; install it with pip install bitsandbytes.") from error
-            return AdamW8bit(groups, **settings)
-        return torch.optim.AdamW(groups, fused=self.accelerator.device.type != "mps", **settings)
-
     def _cache(self) -> Cache:
         config = self.config
         captions = not any(part.startswith("text_encoder") for part in self.weights)
-        return Cache(self.family, self.pictures, config.data, config.seed, config.cache_latents, captions)
+        return Cache(
+            self.family, self.pictures, config.data, config.seed, config.cache_latents, captions
+        )
 
     def _open_folder(self, resume: checkpoint.Checkpoint | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +236,9 @@ class Training:
             yield
             return
         with torch.random.fork_rng():
-            torch.manual_seed(rng.generator(batch.seed, "dropout", batch.positions[0]).initial_seed())
+            torch.manual_seed(
+                rng.generator(batch.seed, "lora dropout", batch.positions[0]).initial_seed()
+            )
             yield
 
     def _refuse_non_finite(self, result: Loss, batch: Batch, done: int) -> None:
@@ -282,7 +261,8 @@ class Training:
     def _clip(self, done: int) -> float:
         limit = self.config.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(self._all_weights(), limit))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps itself
+        # A loss scaler skips such steps itself and goes on with a smaller scale.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise NumericsError(
                 f"The gradient of step {done + 1} is not finite, so training stopped before the optimizer used it: "
                 "lower the learning rate or train in float32."
@@ -294,8 +274,12 @@ class Training:
 
     def _record_of(self, done: int, results: list[Loss], grad_norm: float, seconds: float) -> Step:
         per_image = self.accelerator.gather(torch.cat([r.per_image.detach() for r in results]))
-        timesteps = self.accelerator.gather(torch.cat([r.timesteps for r in results]).to(per_image.device))
-        loss = self.accelerator.reduce(torch.stack([r.loss.detach() for r in results]).mean(), reduction="mean")
+        timesteps = self.accelerator.gather(
+            torch.cat([r.timesteps for r in results]).to(per_image.device)
+        )
+        loss = self.accelerator.reduce(
+            torch.stack([r.loss.detach() for r in results]).mean(), reduction="mean"
+        )
         return Step(
             step=done + 1,
             loss=loss.item(),
@@ -315,7 +299,7 @@ class Training:
                 return
             config, captions = self.config, self.cache.keep_captions
             size, batch = config.probe_size, config.train_batch_size
-            self.probe = Probe(self.family, self.held_out, config.data, size, batch, captions)
+            self.probe = Probe(self.family, self.held_out, size, batch, captions)
             if done == 0:
                 self._record_probe(self.probe.measure(0))
 
@@ -330,8 +314,7 @@ class Training:
 
     def _record_probe(self, result: ProbeResult) -> None:
         self.record("probe", **dataclasses.asdict(result))
-        if result.step and (self.best is None or result.difference < self.best[1]):
-            self.best = (result.step, result.difference)
+        self.last_probe = result
 
     def record(self, event: str, **values: Any) -> None:
         """Append an event to history.jsonl (main process only)."""
@@ -344,7 +327,9 @@ class Training:
         if self.config.report_to:
             rates = {f"lr/{part}": rate for part, rate in step.lr.items()}
             probe = {"probe_difference": step.probe.difference} if step.probe else {}
-            self.accelerator.log({"loss": step.loss, "grad_norm": step.grad_norm} | rates | probe, step=step.step)
+            self.accelerator.log(
+                {"loss": step.loss, "grad_norm": step.grad_norm} | rates | probe, step=step.step
+            )
 
     # stopping and going on
 
@@ -392,7 +377,12 @@ class Training:
 
     def _save(self, done: int) -> None:
         if self.accelerator.is_main_process:
-            tensors = {f"adapter/{p}/{k}": v for p, w in adapters.state(self.family).items() for k, v in w.items()}
+            self._note_best(done)
+            tensors = {
+                f"adapter/{p}/{k}": v
+                for p, w in adapters.state(self.family).items()
+                for k, v in w.items()
+            }
             for index, state in self.optimizer.state_dict()["state"].items():
                 for name, value in state.items():
                     tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).cpu()
@@ -409,8 +399,17 @@ class Training:
             checkpoint.prune(self.folder, self.config.checkpoints_total_limit, keep)
         self.saved_step = done
 
+    def _note_best(self, done: int) -> None:
+        """Remember the checkpoint with the lowest probe difference; it is never pruned."""
+        probe = self.last_probe
+        if probe and probe.step == done and (not self.best or probe.difference < self.best[1]):
+            self.best = (done, probe.difference)
+
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        if saved.meta["fingerprint"] != self.pictures.fingerprint and "data" not in self.config.resume_override:
+        if (
+            saved.meta["fingerprint"] != self.pictures.fingerprint
+            and "data" not in self.config.resume_override
+        ):
             raise CheckpointError(
                 f"The pictures or captions are not those that {saved.folder} was trained on: choose another "
                 "output_dir, start anew with overwrite=True, or go on with resume_override=['data']."

@@ -22,7 +22,9 @@ def outputs(family):
     g = torch.Generator().manual_seed(0)
     states = family.text_states(["a red apple"])
     x = torch.randn(1, 4, 8, 8, generator=g)
-    return family.predict(x, torch.tensor([300]), {"encoder_hidden_states": states}).detach(), states.detach()
+    return family.predict(
+        x, torch.tensor([300]), {"encoder_hidden_states": states}
+    ).detach(), states.detach()
 
 
 def stir(family):
@@ -42,8 +44,12 @@ def test_a_fresh_adapter_changes_nothing(family):
 
 def test_start_values_follow_the_reference(family):
     adapters.add(family, {"unet": LoraSpec(rank=4)})
-    a = torch.cat([layer.lora_A["default"].weight.flatten() for _, layer in adapters.layers(family.unet)])
-    b = torch.cat([layer.lora_B["default"].weight.flatten() for _, layer in adapters.layers(family.unet)])
+    a = torch.cat(
+        [layer.lora_A["default"].weight.flatten() for _, layer in adapters.layers(family.unet)]
+    )
+    b = torch.cat(
+        [layer.lora_B["default"].weight.flatten() for _, layer in adapters.layers(family.unet)]
+    )
     assert abs(a.std() - 1 / 4) < 0.02
     assert b.abs().max() == 0
 
@@ -87,7 +93,9 @@ def test_scale_zero_is_the_base_and_one_is_as_trained(family):
     stir(family)
     changed = outputs(family)
     adapters.set_scale(family, 0.0)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, outputs(family), strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(before, outputs(family), strict=True)
+    )
     adapters.set_scale(family, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(changed, outputs(family), strict=True))
     adapters.set_scale(family, {"text_encoder": 0.0})
@@ -120,7 +128,9 @@ def test_strength_is_the_norm_of_the_change(family):
     name, layer = next(adapters.layers(family.text_encoder))
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert rows["text_encoder", name][0] == pytest.approx((4.0 * b @ a).norm().item(), rel=1e-5)
-    assert rows["text_encoder", name][1] == pytest.approx(layer.base_layer.weight.norm().item(), rel=1e-5)
+    assert rows["text_encoder", name][1] == pytest.approx(
+        layer.base_layer.weight.norm().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
@@ -130,7 +140,9 @@ def test_forecast_is_what_peft_adds(family, part):
     added = adapters.parameters(family)[part]
     assert sum(c.parameters for c in counts) == sum(p.numel() for p in added)
     assert len(counts) * 2 == len(added)
-    assert adapters.forecast(family.trainable[part], family.targets[part], rank=3) == counts  # also with one on
+    assert (
+        adapters.forecast(family.trainable[part], family.targets[part], rank=3) == counts
+    )  # also with one on
 
 
 def test_forecast_of_convolutions_is_what_peft_adds(family):
@@ -138,7 +150,9 @@ def test_forecast_of_convolutions_is_what_peft_adds(family):
     counts = adapters.forecast(family.unet, targets, rank=2)
     assert {c.kind for c in counts} == {"Conv2d", "Linear"}
     adapters.add(family, {"unet": LoraSpec(rank=2, target_modules=targets)})
-    assert sum(c.parameters for c in counts) == sum(p.numel() for p in adapters.parameters(family)["unet"])
+    assert sum(c.parameters for c in counts) == sum(
+        p.numel() for p in adapters.parameters(family)["unet"]
+    )
 
 
 def test_wrong_parts_and_targets_are_refused_before_anything_is_added(family):
@@ -152,10 +166,18 @@ def test_wrong_parts_and_targets_are_refused_before_anything_is_added(family):
 def test_published_sizes_of_stable_diffusion_15():
     with torch.device("meta"):
         unet = UNet2DConditionModel(
-            sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
+            sample_size=64,
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=8,
+            cross_attention_dim=768,
         )
         text = CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+            )
         )
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     for rank, size in ((4, 797_184), (16, 3_188_736), (64, 12_754_944)):

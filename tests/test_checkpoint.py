@@ -13,7 +13,9 @@ TENSORS = {"adapter/unet/a": torch.arange(12.0).view(3, 4), "optimizer/0/step": 
 
 
 def save(run, step, scale=1.0):
-    return checkpoint.save_checkpoint(run, step, {k: v * scale for k, v in TENSORS.items()}, {"run": "r1", "best": None})
+    return checkpoint.save_checkpoint(
+        run, step, {k: v * scale for k, v in TENSORS.items()}, {"run": "r1", "best": None}
+    )
 
 
 def test_what_goes_in_comes_out(tmp_path):
@@ -27,7 +29,11 @@ def test_what_goes_in_comes_out(tmp_path):
 
 def test_files_are_readable_by_others_and_no_temporary_is_left(tmp_path):
     folder = save(tmp_path, 1)
-    assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", "meta.json", "state.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "MANIFEST.json",
+        "meta.json",
+        "state.safetensors",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -39,7 +45,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_name(tmp_path, name, damag
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
-    file.write_bytes({"flip": bytes(content), "cut": bytes(content[:-5]), "empty": b"", "gone": b""}[damage])
+    file.write_bytes(
+        {"flip": bytes(content), "cut": bytes(content[:-5]), "empty": b"", "gone": b""}[damage]
+    )
     if damage == "gone":
         file.unlink()
     if (name, damage) == ("MANIFEST.json", "gone"):  # without one it never counted
@@ -66,7 +74,13 @@ def test_random_bit_flips_are_all_noticed(tmp_path):
 
 def test_stray_folders_are_ignored(tmp_path):
     save(tmp_path, 2)
-    for name in ("checkpoint-best", "checkpoints", "checkpoint-6.tmp", "checkpoint-9", "checkpoint-x1"):
+    for name in (
+        "checkpoint-best",
+        "checkpoints",
+        "checkpoint-6.tmp",
+        "checkpoint-9",
+        "checkpoint-x1",
+    ):
         (tmp_path / name).mkdir()
     assert checkpoint.latest(tmp_path).step == 2
 
@@ -107,7 +121,11 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
         save(tmp_path, step)
     (tmp_path / "checkpoint-notes").mkdir()
     checkpoint.prune(tmp_path, 1, keep={4})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8", "checkpoint-notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-notes",
+    ]
     checkpoint.prune(tmp_path, None, keep=set())
     assert len(checkpoint.found(tmp_path)) == 2
 

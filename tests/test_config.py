@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_nb.config import DataSpec, LoraSpec, TrainConfig, add_flags, from_flags
+from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError
+from lora_nb.flags import add_flags, from_flags
 
 
 def parse(line: str, base: dict | None = None) -> TrainConfig:
@@ -26,7 +27,10 @@ def parse(line: str, base: dict | None = None) -> TrainConfig:
 )
 def test_json_both_ways(rank, alpha, prompts, lr, resolution):
     config = TrainConfig(
-        lora={"unet": LoraSpec(rank=rank, lora_alpha=alpha), "text_encoder": LoraSpec(target_modules=("q_proj",))},
+        lora={
+            "unet": LoraSpec(rank=rank, lora_alpha=alpha),
+            "text_encoder": LoraSpec(target_modules=("q_proj",)),
+        },
         data=DataSpec(resolution=resolution),
         validation_prompts=tuple(prompts),
         learning_rate=lr,
@@ -74,7 +78,11 @@ def test_defaults_are_the_reference_scripts():
         "output_dir": "sd-model-finetuned-lora", "snr_gamma": None, "prediction_type": None,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in reference} == reference
-    assert (config.lora["unet"].rank, config.lora["unet"].scale, config.data.resolution) == (4, 1.0, 512)
+    assert (config.lora["unet"].rank, config.lora["unet"].scale, config.data.resolution) == (
+        4,
+        1.0,
+        512,
+    )
 
 
 def test_every_field_has_a_flag_and_help():
@@ -95,13 +103,19 @@ def test_flags_reach_their_fields():
     assert config.lora["unet"] == LoraSpec(rank=8, lora_alpha=4)
     assert config.lora["text_encoder"] == LoraSpec(rank=8, learning_rate=1e-5)
     assert config.data == DataSpec(train_data_dir="pics", random_flip=True)
-    assert (config.validation_prompts, config.max_train_steps, config.gradient_checkpointing) == (("fox",), 20, True)
+    assert (config.validation_prompts, config.max_train_steps, config.gradient_checkpointing) == (
+        ("fox",),
+        20,
+        True,
+    )
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_base(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(TrainConfig(learning_rate=1e-3, max_train_steps=7).to_json())
-    config = parse(f"--config {file} --max_train_steps 9", base={"output_dir": "kept", "learning_rate": 5.0})
+    config = parse(
+        f"--config {file} --max_train_steps 9", base={"output_dir": "kept", "learning_rate": 5.0}
+    )
     assert (config.max_train_steps, config.learning_rate) == (9, 1e-3)
 
 

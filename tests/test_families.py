@@ -43,10 +43,13 @@ def batch_of(family, spec, positions=(0, 1, 2), **options):
 
 
 def config_of(model, spec, folder, **changes):
-    lora = {"unet": LoraSpec(rank=2), "text_encoder": LoraSpec(rank=3, lora_alpha=6.0, learning_rate=2e-3)}
+    lora = {
+        "unet": LoraSpec(rank=2),
+        "text_encoder": LoraSpec(rank=3, lora_alpha=6.0, learning_rate=2e-3),
+    }
     settings = {
-        "pretrained_model_name_or_path": str(model[1]), "data": spec, "lora": lora, "output_dir": str(folder), "seed": 1,
-        "train_batch_size": 2, "max_train_steps": 6, "learning_rate": 1e-2, "lr_warmup_steps": 0,
+        "pretrained_model_name_or_path": str(model[1]), "data": spec, "lora": lora, "seed": 1,
+        "output_dir": str(folder), "train_batch_size": 2, "max_train_steps": 6, "learning_rate": 1e-2, "lr_warmup_steps": 0,
         "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "checkpointing_steps": 100,
     }  # fmt: skip
     return TrainConfig(**settings | changes)
@@ -129,7 +132,9 @@ def test_cached_equals_uncached(family, spec, flip):
         a, b = (diffusion_loss(family, c.batch(positions)) for c in (cached, plain))
         assert torch.allclose(a.per_image, b.per_image, atol=1e-5)
         assert torch.equal(a.timesteps, b.timesteps)
-    assert torch.equal(cached.batch([0, 1]).moments[0], plain.batch([0, 1]).moments[0])  # bit for bit
+    assert torch.equal(
+        cached.batch([0, 1]).moments[0], plain.batch([0, 1]).moments[0]
+    )  # bit for bit
 
 
 def test_the_loss_is_a_pure_function_of_the_batch(family, spec):
@@ -157,8 +162,8 @@ def test_training_lowers_the_probe_and_the_file_holds_all_of_it(model, spec, tmp
     pipeline.load_lora_weights(str(tmp_path), weight_name=formats.FILE_NAME)
     for part, module in training.family.trainable.items():
         other = getattr(pipeline, part)
-        ours = {n: layer for n, layer in adapters.layers(module)}
-        theirs = {n: layer for n, layer in adapters.layers(other)}
+        ours = dict(adapters.layers(module))
+        theirs = dict(adapters.layers(other))
         assert ours.keys() == theirs.keys()
         for name in ours:
             change = ours[name].get_delta_weight("default")
@@ -167,7 +172,11 @@ def test_training_lowers_the_probe_and_the_file_holds_all_of_it(model, spec, tmp
     sampling = {"num_inference_steps": 3, "output_type": "pt", "height": 16, "width": 16}
     ours, theirs, base = (
         p(prompt="colour 3", generator=torch.Generator().manual_seed(0), **sampling).images
-        for p in (training.family.pipeline(), pipeline, REGISTRY[model[0]].load(str(model[1])).pipeline())
+        for p in (
+            training.family.pipeline(),
+            pipeline,
+            REGISTRY[model[0]].load(str(model[1])).pipeline(),
+        )
     )
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, base, atol=1e-3)

@@ -68,7 +68,9 @@ def test_x0_from_agrees_with_a_ddim_step(tensors):
 
 def test_snr_is_diffusers(tensors):
     t = tensors[2]
-    assert torch.allclose(Diffusion.from_scheduler(scheduler()).snr(t), compute_snr(scheduler(), t), rtol=1e-4)
+    assert torch.allclose(
+        Diffusion.from_scheduler(scheduler()).snr(t), compute_snr(scheduler(), t), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0, 1e9])

@@ -31,7 +31,7 @@ def test_distributions():
     assert abs(noise.mean()) < 0.02
     assert abs(noise.std() - 1) < 0.02
     u = rng.uniform(3, "timesteps", range(4000))
-    assert 0 <= u.min()
+    assert u.min() >= 0
     assert u.max() < 1
     assert abs(u.mean() - 0.5) < 0.02
 

@@ -15,7 +15,8 @@ import torch
 from lora_nb import adapters, checkpoint, run_folder, trainer
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, DataError, LoraNbError, NumericsError
-from lora_nb.trainer import learning_rate_factors, train
+from lora_nb.optimization import learning_rate_factors
+from lora_nb.trainer import train
 
 
 @pytest.fixture
@@ -60,7 +61,10 @@ def test_learning_rate_is_the_closed_formula(name, warmup):
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_recorded_rates_count_optimizer_steps_whatever_the_accumulation(config, accumulation):
     config = config.replace(
-        gradient_accumulation_steps=accumulation, lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=6
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler="linear",
+        lr_warmup_steps=2,
+        max_train_steps=6,
     )
     steps = list(train(config))
     expected = [1e-2 * FORMULAS["linear"](k, 2, 6) for k in range(6)]
@@ -109,7 +113,9 @@ def test_one_part_alone_trains_and_the_other_stays(config, part):
     training = train(config.replace(lora={part: LoraSpec(rank=2)}))
     list(training)
     assert set(adapters.state(training.family)) == {part}
-    assert any(w.abs().max() > 0 for k, w in adapters.state(training.family)[part].items() if "lora_B" in k)
+    assert any(
+        w.abs().max() > 0 for k, w in adapters.state(training.family)[part].items() if "lora_B" in k
+    )
 
 
 def test_scale_lr_multiplies_by_the_samples_of_a_step(config):
@@ -129,6 +135,18 @@ def test_the_run_folder_is_complete(config):
     assert events(config, "start")[0]["pictures"] == 8
     assert events(config, "end") == [{"event": "end", "step": 4}]
     assert events(config, "probe")[0]["difference"] == 0  # B is zero: nothing changed yet
+
+
+def test_the_best_checkpoint_by_the_probe_is_kept(config):
+    config = config.replace(
+        checkpointing_steps=1, probe_steps=1, checkpoints_total_limit=1, max_train_steps=8
+    )
+    list(train(config.replace(learning_rate=2.0, seed=2)))
+    probes = {e["step"]: e["difference"] for e in events(config, "probe") if e["step"]}
+    best = min(probes, key=probes.get)
+    kept = {int(p.name.split("-")[1]) for p in checkpoint.found(Path(config.output_dir))}
+    assert best != 8
+    assert kept == {best, 8}
 
 
 def test_a_seed_is_drawn_written_down_and_kept(config):
@@ -190,7 +208,11 @@ def test_changed_pictures_are_refused(config, tmp_path):
 
 def test_a_named_checkpoint_is_continued(config):
     list(train(config.replace(checkpointing_steps=1)))
-    for spelling in (Path(config.output_dir) / "checkpoint-2", "checkpoint-2", f"{config.output_dir}/checkpoint-2/"):
+    for spelling in (
+        Path(config.output_dir) / "checkpoint-2",
+        "checkpoint-2",
+        f"{config.output_dir}/checkpoint-2/",
+    ):
         assert train(config.replace(resume_from_checkpoint=str(spelling))).start_step == 2
     with pytest.raises(CheckpointError, match="checkpoint-4"):
         train(config.replace(resume_from_checkpoint="checkpoint-9"))
@@ -247,10 +269,14 @@ def test_a_killed_process_loses_at_most_one_interval(config):
         "for s in train(TrainConfig.from_json(open(sys.argv[1]).read())):\n"
         "    if s.step == 3: os.kill(os.getpid(), 9)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, timeout=120
+    )
     assert killed.returncode == -9
     assert checkpoint.latest(Path(config.output_dir)).step == 3
-    straight = list(train(config.replace(output_dir=config.output_dir + "-straight", max_train_steps=5)))
+    straight = list(
+        train(config.replace(output_dir=config.output_dir + "-straight", max_train_steps=5))
+    )
     resumed = list(train(config.replace(max_train_steps=5)))
     assert [s.loss for s in resumed] == [s.loss for s in straight[3:]]
 
@@ -263,7 +289,9 @@ def test_non_finite_losses_stop_before_the_optimizer(config):
     training.family.unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(NumericsError, match="step 2"):
         next(steps)
-    assert all(torch.equal(good["unet"][k], v) for k, v in adapters.state(training.family)["unet"].items())
+    assert all(
+        torch.equal(good["unet"][k], v) for k, v in adapters.state(training.family)["unet"].items()
+    )
     assert checkpoint.latest(Path(config.output_dir)).step == 1
 
 
@@ -277,7 +305,9 @@ def test_two_runs_in_one_process_may_differ_in_precision(config):
     list(train(config))
     other = config.replace(mixed_precision="bf16", output_dir=config.output_dir + "-bf16")
     assert train(other).family.dtype == torch.bfloat16
-    assert train(config.replace(output_dir=config.output_dir + "-again")).family.dtype == torch.float32
+    assert (
+        train(config.replace(output_dir=config.output_dir + "-again")).family.dtype == torch.float32
+    )
 
 
 def test_the_same_run_twice_gives_the_same_file(config):
@@ -290,7 +320,11 @@ def test_the_same_run_twice_gives_the_same_file(config):
 def test_lora_dropout_is_named_and_off_outside_the_step(config):
     config = config.replace(lora={"unet": LoraSpec(rank=4, lora_dropout=0.5)})
     straight = list(train(config))
-    plain = list(train(config.replace(lora={"unet": LoraSpec(rank=4)}, output_dir=config.output_dir + "-plain")))
+    plain = list(
+        train(
+            config.replace(lora={"unet": LoraSpec(rank=4)}, output_dir=config.output_dir + "-plain")
+        )
+    )
     assert straight[-1].loss != plain[-1].loss
     for step in train(config.replace(output_dir=config.output_dir + "-b")):
         torch.rand(5)
@@ -328,7 +362,9 @@ def test_a_tracker_gets_the_numbers(config):
 @pytest.mark.slow
 def test_two_processes_equal_one(config, tmp_path):
     """Two gloo processes of batch 1 give the losses of one process of batch 2, at the same learning rates."""
-    config = config.replace(train_batch_size=1, lr_scheduler="linear", lr_warmup_steps=2, gradient_accumulation_steps=2)
+    config = config.replace(
+        train_batch_size=1, lr_scheduler="linear", lr_warmup_steps=2, gradient_accumulation_steps=2
+    )
     file = tmp_path / "config.json"
     file.write_text(config.to_json())
     code = tmp_path / "go.py"
@@ -336,9 +372,19 @@ def test_two_processes_equal_one(config, tmp_path):
         "import sys\nfrom lora_nb.config import TrainConfig\nfrom lora_nb.trainer import train\n"
         "for _ in train(TrainConfig.from_json(open(sys.argv[1]).read())): pass\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29517",
+    ]
     env = os.environ | {"ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run([*launch, str(code), str(file)], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(
+        [*launch, str(code), str(file)], capture_output=True, text=True, timeout=300, env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     two = events(config, "step")
     one = list(train(config.replace(train_batch_size=2, output_dir=config.output_dir + "-one")))

@@ -22,11 +22,15 @@ def guess(model: str, revision: str | None = None) -> str:
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index} is no diffusers index ({error}); give a folder saved by diffusers.") from error
+        raise ModelError(
+            f"{index} is no diffusers index ({error}); give a folder saved by diffusers."
+        ) from error
     for name, family in REGISTRY.items():
         if family.pipeline_class.__name__ == kind:
             return name
-    known = ", ".join(f"{name} ({family.pipeline_class.__name__})" for name, family in REGISTRY.items())
+    known = ", ".join(
+        f"{name} ({family.pipeline_class.__name__})" for name, family in REGISTRY.items()
+    )
     raise ModelError(f"{model} is a {kind}, for which there is no family here; there are: {known}.")
 
 
@@ -40,12 +44,16 @@ def _index(model: str, revision: str | None) -> Path:
             )
         return folder / "model_index.json"
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelError(f"There is no base model folder {model}; check the path, or give a Hub name owner/model.")
+        raise ModelError(
+            f"There is no base model folder {model}; check the path, or give a Hub name owner/model."
+        )
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(model, "model_index.json", revision=revision))
-    except Exception as error:  # the Hub client raises a dozen kinds: offline, gated, absent, timeouts
+    except (
+        Exception
+    ) as error:  # the Hub client raises a dozen kinds: offline, gated, absent, timeouts
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"The base model {model} is neither a folder here nor reachable on the Hub ({reason}); "
@@ -62,11 +70,15 @@ def load_family(name: str, model: str, **options: Any) -> Family:
     if name == "auto":
         name = guess(model, options.get("revision"))
     if name not in REGISTRY:
-        raise ModelError(f"There is no family {name!r}; choose one of {', '.join(REGISTRY)} or auto.")
+        raise ModelError(
+            f"There is no family {name!r}; choose one of {', '.join(REGISTRY)} or auto."
+        )
     if guess(model, options.get("revision")) != name:
         raise ModelError(f"{model} is not of the family {name!r}; leave family at auto.")
     try:
         return REGISTRY[name].load(model, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"The base model {model} is incomplete or damaged ({reason}); get it again.") from error
+        raise ModelError(
+            f"The base model {model} is incomplete or damaged ({reason}); get it again."
+        ) from error

@@ -11,7 +11,10 @@ import transformers.utils.logging as transformers_logging
 def quiet() -> Iterator[None]:
     """Hold back the libraries' notices and loading bars; downloads from the Hub keep theirs."""
     levels = transformers_logging.get_verbosity(), diffusers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
+    bars = (
+        transformers_logging.is_progress_bar_enabled(),
+        diffusers_logging.is_progress_bar_enabled(),
+    )
     for library in (transformers_logging, diffusers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

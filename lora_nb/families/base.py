@@ -73,7 +73,9 @@ class Family(Protocol):
         """Called every micro-step. Out: keyword arguments of the network, handed to `predict`."""
         ...
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]
+    ) -> torch.Tensor:
         """Called every micro-step. In: noisy latents and timesteps (B,). Out: prediction, same shape as x_t."""
         ...
 

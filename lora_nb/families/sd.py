@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: a VAE, one CLIP text encoder, a UNet; epsilon or v-prediction."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,20 +15,28 @@ class StableDiffusion:
 
     name = "sd"
     pipeline_class = StableDiffusionPipeline
-    targets = {
+    targets: ClassVar = {
         "unet": ("to_k", "to_q", "to_v", "to_out.0"),
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
     }
 
-    def __init__(self, pipeline: Any, objective: Diffusion, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, pipeline: Any, objective: Diffusion, dtype: torch.dtype, device: torch.device
+    ):
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
         self.scheduler, self.objective = pipeline.scheduler, objective
         self.dtype, self.device = dtype, device
         self.trainable = {"unet": self.unet, "text_encoder": self.text_encoder}
         # The VAE stays in float32: half precision overflows in some, and it runs once per picture.
-        for module, kind in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, torch.float32)):
-            torch.nn.Module.to(module, device, kind)  # the library's own `to` warns even where nothing is at stake
+        for module, kind in (
+            (self.unet, dtype),
+            (self.text_encoder, dtype),
+            (self.vae, torch.float32),
+        ):
+            torch.nn.Module.to(
+                module, device, kind
+            )  # the library's own `to` warns even where nothing is at stake
             module.requires_grad_(False).eval()
         self.pixel_multiple = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = self.unet.config.sample_size * self.pixel_multiple
@@ -92,17 +100,23 @@ class StableDiffusion:
 
     def condition(self, batch: Batch) -> dict[str, Any]:
         """Cross-attention's encoder hidden states."""
-        states = batch.text_states if batch.text_states is not None else self.text_states(batch.captions)
+        states = (
+            batch.text_states if batch.text_states is not None else self.text_states(batch.captions)
+        )
         return {"encoder_hidden_states": states.to(self.device, self.dtype)}
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]
+    ) -> torch.Tensor:
         """The UNet's output at timesteps t in 0..T-1."""
         return self.unet(x_t.to(self.dtype), t.to(self.device), **condition).sample
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] of scaled latents."""
-        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        return self.vae.decode(
+            latents.to(self.device) / self.vae.config.scaling_factor
+        ).sample.clamp(-1, 1)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A sampling pipeline over these modules; it needs no dtype change of its own."""
@@ -122,5 +136,7 @@ class StableDiffusion:
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in the UNet and, where it trains, in the text encoder."""
         self.unet.enable_gradient_checkpointing()
-        enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)  # its name from transformers 5.2x
+        enable = getattr(
+            self.text_encoder, "activation_checkpointing_enable", None
+        )  # its name from transformers 5.2x
         (enable or self.text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})

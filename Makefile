@@ -1,0 +1,35 @@
+# make course   set everything up in .venv and run the course on the embedded base model
+# make test     set up and run all checks
+# make lab      open the notebooks in JupyterLab
+# make clean    remove .venv and caches, not runs/
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu-lock.txt
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: course test lab clean
+
+course: $(READY)
+	$(BIN)/python scripts/course.py
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+
+# Redone only when what is to be installed has changed. torch first: everything else builds on its version.
+$(READY): pyproject.toml constraints/cpu-lock.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Setting up .venv (once; some minutes)"
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e '.[lab,test]'
+	@touch $(READY)

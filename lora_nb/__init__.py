@@ -1,0 +1,75 @@
+"""lora_nb: a notebook teaches, this package does.
+
+Public names are imported on first use, so that `import lora_nb` is quick.
+"""
+
+import importlib
+import logging
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "config": ("DataSpec", "LoraSpec", "TrainConfig"),
+    "errors": ("LoraNbError",),
+    "env": (
+        "data_dir",
+        "doctor",
+        "headless",
+        "need",
+        "pick_device",
+        "preset",
+        "run_dir",
+        "runs_dir",
+        "setup",
+        "where",
+    ),
+    "show": ("show_source",),
+    "data": ("pixels", "scan", "to_image"),
+    "objectives": ("Diffusion",),
+    "families": ("Batch", "load_family"),
+    "cache": ("Cache",),
+    "loss": ("diffusion_loss",),
+    "formats": ("inspect", "save_adapter"),
+    "run_folder": ("read_config", "read_history", "save_config"),
+    "trainer": ("train",),
+    "inference": (
+        "fused",
+        "generate",
+        "load_pipeline",
+        "remove_adapter",
+        "samples",
+        "scale_sweep",
+        "set_scale",
+        "use_adapter",
+        "with_samples",
+    ),
+    "report": ("write_card", "write_report"),
+    "widgets": ("ConfigPanel", "LiveBoard"),
+    "checks": ("check",),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+_MODULES = (*_PUBLIC, "adapters", "checkpoint", "metrics", "plots", "rng")
+__all__ = sorted(_HOME)
+
+
+# transformers says at every import that it will do without torchvision, which nothing here needs.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module, when it is first asked for (PEP 562)."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"lora_nb.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"lora_nb.{name}")
+    else:
+        raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

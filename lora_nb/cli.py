@@ -1,0 +1,296 @@
+"""The command line: train, doctor, generate, inspect.
+
+Every setting is a field of the config dataclasses; every error of ours is one sentence and exit code 2.
+The notebooks use the functions behind this, not the command line.
+"""
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lora_nb import config, env, flags
+from lora_nb.errors import ConfigError, LoraNbError
+
+HELP_WIDTH = 120
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=40, width=HELP_WIDTH)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser without abbreviations whose errors are ours."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(
+            *args,
+            allow_abbrev=False,
+            formatter_class=_formatter,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]} (see {self.prog} --help).")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 well, 1 problems found, 2 wrong input, 130 and 143 stopped."""
+    parser, commands = _parsers()
+    plain, warnings.formatwarning = warnings.formatwarning, _format_warning
+    try:
+        args, rest = parser.parse_known_args(argv)
+        if rest:
+            _refuse(rest, commands[args.command])
+        return args.run(args)
+    except LoraNbError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        warnings.formatwarning = plain
+
+
+def _format_warning(message: Warning | str, *_: Any) -> str:
+    return f"warning: {message}\n"
+
+
+def _refuse(rest: list[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """Name the first argument that nobody took, and the flag it resembles most."""
+    stray = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
+    near = difflib.get_close_matches(stray, parser._option_string_actions, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help."
+    raise ConfigError(
+        f"There is no {'flag' if stray.startswith('-') else 'argument'} {stray}; {hint}"
+    )
+
+
+def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(
+        prog="lora-nb", description="Train LoRA adapters for image models, and look into them."
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+
+    train = commands.add_parser(
+        "train", help="train an adapter", usage="lora-nb train [FLAGS]", description=_TRAIN
+    )
+    train.add_argument(
+        "--log_every", type=int, default=10, metavar="N", help="steps between two lines [10]"
+    )
+    flags.add_flags(train)
+    train.set_defaults(run=_train)
+
+    doctor = commands.add_parser(
+        "doctor", help="look at this machine and at a folder of pictures", description=_DOCTOR
+    )
+    doctor.add_argument(
+        "folder", nargs="?", help="folder of pictures with metadata.jsonl or .txt captions"
+    )
+    doctor.add_argument(
+        "--caption_column", default="text", metavar="TEXT", help="column of the captions [text]"
+    )
+    doctor.add_argument(
+        "--resolution", type=int, default=512, metavar="N", help="planned side in pixels [512]"
+    )
+    doctor.set_defaults(run=_doctor)
+
+    generate = commands.add_parser("generate", help="draw pictures", description=_GENERATE)
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT")
+    generate.add_argument(
+        "--lora",
+        metavar="FILE",
+        help="LoRA file, or a run's folder; none draws with the base model",
+    )
+    generate.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="strength of the LoRA [1.0]"
+    )
+    generate.add_argument(
+        "--model", metavar="TEXT", help="diffusers folder or Hub name [the embedded base model]"
+    )
+    generate.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one picture each [0]"
+    )
+    generate.add_argument(
+        "--output_dir", default="pictures", metavar="FOLDER", help="where the PNGs go [pictures]"
+    )
+    generate.add_argument(
+        "--resolution", type=int, metavar="N", help="side in pixels [the model's own]"
+    )
+    for name, kind, default in _SAMPLING:
+        generate.add_argument(
+            f"--{name}",
+            type=kind,
+            metavar="N" if kind is int else "X",
+            help=f"[the preset's, or {default}]",
+        )
+    generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser(
+        "inspect", help="say what a LoRA file holds", description=_INSPECT
+    )
+    inspect.add_argument("file", metavar="FILE", help="a .safetensors file, or a run's folder")
+    inspect.set_defaults(run=_inspect)
+    return parser, commands.choices
+
+
+_TRAIN = """Train LoRA adapters. The flags of the reference text-to-image LoRA script are all here, with its names and
+defaults. Without --pretrained_model_name_or_path the embedded base model and its settings are used."""
+_DOCTOR = "Compare this machine with what the tests ran on and, given a folder, report on its pictures and captions."
+_GENERATE = (
+    "Draw one PNG for each prompt and seed. A picture depends on its own prompt and seed only."
+)
+_INSPECT = (
+    "Describe a LoRA file: format, parts, ranks, alphas, metadata, and what is wrong with it."
+)
+_SAMPLING = (
+    ("num_inference_steps", int, 30),
+    ("guidance_scale", float, 7.5),
+    ("guidance_rescale", float, 0.0),
+)
+
+
+# Commands
+
+
+def _train(args: argparse.Namespace) -> int:
+    from lora_nb.inference import with_samples
+    from lora_nb.report import write_card, write_report
+    from lora_nb.trainer import train
+
+    given = vars(args)
+    base = None
+    if "pretrained_model_name_or_path" not in given and args.config is None:
+        base = _embedded()
+        if "dataset_name" in given:
+            base["data"]["train_data_dir"] = None
+        pictures = (
+            "" if {"train_data_dir", "dataset_name"} & set(given) else " and its pictures data/ink"
+        )
+        _say(f"No base model is named, so the embedded one{pictures} is used (preset tiny).")
+    with _noted_signals() as signals:
+        training = train(flags.from_flags(args, base))
+        _say(
+            f"{training.parameters:,} weights, {len(training.pictures)} pictures, run in {training.folder}"
+        )
+        with closing(with_samples(training)) as steps:
+            for step in steps:
+                if (
+                    step.step % args.log_every == 0
+                    or step.step == training.max_train_steps
+                    or step.probe
+                ):
+                    _say(_line(step, training.max_train_steps))
+        if training.interrupted:
+            _say(f"Stopped at step {training.start_step}; the same command continues from there.")
+            return 128 + signals()
+    if _main_process():
+        write_card(training.folder)
+        _say(f"Adapter, samples and {write_report(training.folder).name} are in {training.folder}.")
+    return 0
+
+
+@contextmanager
+def _noted_signals() -> Iterator[Callable[[], int]]:
+    """Note the number of the last signal, whoever handles it: the trainer finishes its step and does not tell."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    terminate = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # while the model is loading
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield lambda: os.read(reader, 64)[-1]
+    except KeyboardInterrupt:
+        sys.exit(128 + os.read(reader, 64)[-1])
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, terminate)
+        os.close(reader)
+        os.close(writer)
+
+
+def _embedded() -> dict[str, Any]:
+    """The settings of the preset for the embedded base, with the output folder of the flags."""
+    chosen = env.preset("tiny").config("cli", seed=None).to_dict()
+    return chosen | {"output_dir": config.TrainConfig.output_dir, "seed": None}
+
+
+def _line(step: Any, last: int) -> str:
+    rates = ", ".join(f"{value:.3g}" for value in sorted(set(step.lr.values())))
+    text = f"step {step.step}/{last}  loss {step.loss:.4f}  lr {rates}  {step.seconds:.2f} s"
+    if step.probe:
+        probe = step.probe
+        text += f"  probe {probe.loss:.4f} ({probe.difference:+.4f} +- {probe.standard_error:.4f} to the base)"
+    return text
+
+
+def _main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _main_process():
+        print(text, flush=True)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    checks = env.doctor()
+    for check in checks:
+        print(
+            f"{'ok' if check.ok else 'LOOK':<5}{check.name:<16} {check.found}{'' if check.ok else ': ' + check.fix}"
+        )
+    errors = 0
+    if args.folder:
+        from lora_nb.data import scan
+
+        spec = config.DataSpec(
+            args.folder, caption_column=args.caption_column, resolution=args.resolution
+        )
+        report = scan(spec)
+        print(report.table())
+        errors = len(report.errors)
+    return 1 if errors or not all(check.ok for check in checks) else 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from lora_nb.inference import generate, load_pipeline
+
+    sampling = {name: default for name, _, default in _SAMPLING}
+    model = args.model
+    if model is None:
+        tiny = env.preset("tiny")
+        model, sampling = tiny.model, {name: getattr(tiny, name) for name in sampling}
+    sampling |= {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
+    pipeline = load_pipeline(model, args.lora, args.scale, device=env.pick_device().name)
+    pairs = [(p, s) for p in range(len(args.prompts)) for s in args.seeds]
+    pictures = generate(
+        pipeline,
+        [args.prompts[p] for p, _ in pairs],
+        [s for _, s in pairs],
+        resolution=args.resolution,
+        **sampling,
+    )
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for (prompt, seed), picture in zip(pairs, pictures, strict=True):
+        file = folder / f"p{prompt}-s{seed}.png"
+        picture.save(file)
+        print(file)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from lora_nb.formats import inspect
+
+    report = inspect(args.file)
+    print(report.table())
+    return 1 if report.problems else 0

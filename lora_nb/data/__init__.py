@@ -1,0 +1,24 @@
+"""Pictures and captions: checked before the first step (scan), loaded (pictures), turned into pixels (transforms).
+
+What may go wrong with a data set is written down as one Problem each and shown all at once in a Report. Every random
+choice is a function of (seed, position). Caching of latents and text states is in lora_nb.cache.
+"""
+
+from lora_nb.data.pictures import Pictures, load
+from lora_nb.data.report import Problem, Report, Row
+from lora_nb.data.scan import has_split, scan
+from lora_nb.data.transforms import pixels, row_at, to_image, transform_key
+
+__all__ = [
+    "Pictures",
+    "Problem",
+    "Report",
+    "Row",
+    "has_split",
+    "load",
+    "pixels",
+    "row_at",
+    "scan",
+    "to_image",
+    "transform_key",
+]

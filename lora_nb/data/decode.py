@@ -1,0 +1,146 @@
+"""From the bytes of a picture file to an upright RGB picture, refusing what is unsafe or unclear by its header.
+
+Sizes and crops for training are in transforms.
+"""
+
+import io
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+# Pillow opens more, among them EPS, for which it starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 4 * MAX_PIXELS  # an uncompressed RGBA picture of MAX_PIXELS
+
+RESAVE = "open it in a picture editor and save it again as PNG, or remove it"
+SHRINK = f"save it smaller than {MAX_PIXELS // 1_000_000} megapixels"
+
+
+class BadPicture(Exception):
+    """A picture that cannot be used: what is wrong and what to do; callers add the place."""
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+class Decoded(NamedTuple):
+    """A picture ready for use, its format (one of FORMATS), and remarks (severity, what, fix) on it."""
+
+    image: Image.Image
+    format: str
+    remarks: list[tuple[str, str, str]]
+
+
+def decode(data: bytes) -> Decoded:
+    """The upright RGB picture on white, with remarks on what was done to it.
+
+    Raises BadPicture. The header is checked (format, size) before any pixel is decoded.
+    """
+    if not data:
+        fix = "copy it again from its source, or remove it"
+        raise BadPicture("the file is empty (0 bytes)", fix)
+    image = _open(data)
+    kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with a thumbnail
+    try:
+        animated = kind != "JPEG" and getattr(image, "is_animated", False)
+        image.load()
+        turned = image.getexif().get(0x0112) in range(2, 9)  # the orientation tag
+        upright = ImageOps.exif_transpose(image)
+        rgb, note = _to_rgb(upright)
+    except BadPicture:
+        raise
+    except Exception as error:  # Pillow's decoders raise some ten kinds on damaged data
+        raise BadPicture(f"the picture cannot be decoded ({_reason(error)})", RESAVE) from error
+    remarks = []
+    if animated:
+        fix = "only the first frame is used; save another as PNG to use that one"
+        remarks.append(("warning", f"has several frames ({kind})", fix))
+    if turned:
+        remarks.append(("note", "has an EXIF rotation", "it is turned upright when loaded"))
+    if note:
+        remarks.append(("note", *note))
+    return Decoded(rgb, kind, remarks)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadPicture("has far more pixels than can be trained on", SHRINK) from error
+    except Image.UnidentifiedImageError as error:
+        what = f"is not a picture in one of the formats {', '.join(FORMATS)}"
+        raise BadPicture(what, RESAVE) from error
+    except Exception as error:  # as in decode; a PNG text bomb ends here too
+        raise BadPicture(f"the picture cannot be opened ({_reason(error)})", RESAVE) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadPicture(f"is {image.width} x {image.height} pixels", SHRINK)
+    return image
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, str] | None]:
+    """RGB of any Pillow mode, and what was done if it could surprise."""
+    if image.mode.startswith("I"):
+        return _from_integers(image)
+    if image.mode == "F":
+        return _from_floats(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if rgba.getextrema()[3][0] == 255:
+            return rgba.convert("RGB"), None
+        white = Image.new("RGBA", rgba.size, "white")
+        note = ("has transparent parts", "they are put on white")
+        return Image.alpha_composite(white, rgba).convert("RGB"), note
+    if image.mode == "CMYK":
+        return _from_cmyk(image), ("is in CMYK (print colours)", "it is converted to RGB")
+    return image.convert("RGB"), None
+
+
+def _from_integers(image: Image.Image) -> tuple[Image.Image, tuple[str, str]]:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        what = f"has 32-bit values from {values.min()} to {values.max()}"
+        raise BadPicture(what, "save it with 8 or 16 bits")
+    grey = np.round(values / 257).astype(np.uint8)  # 65535 / 257 = 255
+    note = ("has 16 bits per pixel", "values 0 to 65535 are scaled to 0 to 255")
+    return Image.fromarray(grey).convert("RGB"), note
+
+
+def _from_floats(image: Image.Image) -> tuple[Image.Image, tuple[str, str]]:
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadPicture("has values that are not finite numbers", RESAVE)
+    if values.min() < 0 or values.max() > 255:
+        what = f"has floating-point values from {values.min():g} to {values.max():g}"
+        raise BadPicture(what, "scale the values to 0 to 1")
+    scale = 255 if values.max() <= 1 else 1
+    note = ("has floating-point values", "0 to 1 (or 0 to 255) is scaled to 0 to 255")
+    return Image.fromarray(np.round(values * scale).astype(np.uint8)).convert("RGB"), note
+
+
+def _from_cmyk(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    srgb = ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

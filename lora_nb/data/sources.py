@@ -1,0 +1,67 @@
+"""Rows with the place of their picture, as folders and tables both give them; nothing is decoded here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from lora_nb.data.decode import MAX_BYTES, SHRINK, BadPicture
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A picture file on disk."""
+
+    file: Path
+
+    def read(self) -> bytes:
+        """The bytes of the file; raises BadPicture if there are too many or none can be read."""
+        try:
+            if (size := self.file.stat().st_size) > MAX_BYTES:
+                raise BadPicture(f"the file has {size / 1e6:.0f} MB", SHRINK)
+            return self.file.read_bytes()
+        except OSError as error:
+            raise BadPicture(
+                f"cannot be read ({error.strerror})", "check the file and its permissions"
+            ) from error
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """A picture inside a table of the `datasets` library, not decoded."""
+
+    table: datasets.Dataset
+    column: str
+    number: int
+    home: Path | None  # pictures beside the table may lie here, and in the caches of the Hub
+
+    def read(self) -> bytes:
+        """The bytes of the picture; raises BadPicture if the row has none or names a file elsewhere."""
+        value = self.table[self.number][self.column] or {}
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        if not value.get("path"):
+            raise BadPicture("has no picture", "remove the row")
+        file = Path(value["path"]).resolve()
+        homes = [self.home, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+        if not any(file.is_relative_to(Path(home).resolve()) for home in homes if home):
+            raise BadPicture(
+                "names a file outside the data set", "store the picture itself in the table"
+            )
+        return FileSource(file).read()
+
+
+Source = FileSource | TableSource
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture with captions, before it is opened; `where` names it in problems."""
+
+    where: str
+    name: str
+    captions: tuple[str, ...]
+    source: Source
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,100 @@
+"""Sample pictures while training, drawn without a trace in the training."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_nb import adapters
+from lora_nb.inference.attach import fused, modules
+from lora_nb.inference.drawing import generate
+
+
+def with_samples(training: Any) -> Iterator[Any]:
+    """Pass the steps of a training through, and draw its validation prompts into samples/ on the way.
+
+    First the base model's pictures (base-p0-s0.png); then the adapter's, every validation_steps
+    steps or validation_epochs epochs and at the last step, before that step is passed on
+    (step-000100-p0-s0.png). Picture s of a prompt has seed run seed + s in every set. Each set is a
+    line "samples" in history.jsonl. The training's random state, train or eval modes and adapters
+    are afterwards as before.
+    """
+    config = training.config
+    every = config.validation_steps or config.validation_epochs * training.steps_per_epoch
+    draws = bool(config.validation_prompts) and training.accelerator.is_main_process
+    with closing(iter(training)) as steps:
+        if draws and training.start_step < training.max_train_steps:
+            with adapters.disabled(training.family):
+                _draw(training, "base", 0)
+        for step in steps:
+            if draws and (step.step % every == 0 or step.step == training.max_train_steps):
+                _draw(training, f"step-{step.step:06d}", step.step)
+            yield step
+
+
+def samples(folder: str | Path) -> dict[str, list[Path]]:
+    """The sample pictures of a run by label ("base", "step 100", ...), in order of step, prompt and seed."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted((Path(folder) / "samples").glob("*-p*-s*.png"), key=_sample_order):
+        step = _sample_order(file)[0]
+        found.setdefault("base" if step < 0 else f"step {step}", []).append(file)
+    return found
+
+
+def _sample_order(file: Path) -> tuple[int, int, int]:
+    """(step or -1 for the base, prompt, seed) of a sample's file name."""
+    label, prompt, seed = file.stem.rsplit("-", 2)
+    return (
+        -1 if label == "base" else int(label.removeprefix("step-")),
+        int(prompt[1:]),
+        int(seed[1:]),
+    )
+
+
+def _draw(training: Any, label: str, step: int) -> None:
+    config, pipeline = training.config, training.family.pipeline()
+    began = time.perf_counter()
+    seeds = [config.seed + s for s in range(config.num_validation_images)]
+    # Merging rounds in half precision; there the samples keep the adapters apart, as training does.
+    merged = fused(pipeline) if training.family.dtype == torch.float32 else nullcontext()
+    with _left_as_it_was(training.family), merged:
+        pictures = generate(
+            pipeline,
+            [prompt for prompt in config.validation_prompts for _ in seeds],
+            seeds * len(config.validation_prompts),
+            config.num_inference_steps,
+            config.guidance_scale,
+            config.guidance_rescale,
+        )
+    folder = training.folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    places = [(p, s) for p in range(len(config.validation_prompts)) for s in range(len(seeds))]
+    files = [folder / f"{label}-p{p}-s{s}.png" for p, s in places]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+    training.record(
+        "samples",
+        step=step,
+        base=label == "base",
+        files=[f"samples/{file.name}" for file in files],
+        seconds=time.perf_counter() - began,
+    )
+
+
+@contextmanager
+def _left_as_it_was(family: Any) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's own mode and torch's random state are back."""
+    pipeline = family.pipeline()
+    modes = [(module, module.training) for part in modules(pipeline) for module in part.modules()]
+    devices = [family.device] if family.device.type == "cuda" else []
+    try:
+        for part in modules(pipeline):
+            part.eval()
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

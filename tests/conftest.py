@@ -1,0 +1,55 @@
+"""What all tests share: no network in any process, a runs folder of their own, a tiny base model."""
+
+import os
+import sys
+from pathlib import Path
+
+OFFLINE = Path(__file__).parent / "offline"
+REPO = Path(__file__).resolve().parents[1]
+
+# Before any import of a library that reads these.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "LORA_NB_HEADLESS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONPATH": str(OFFLINE),
+}
+sys.path.insert(0, str(OFFLINE))
+import pytest  # noqa: E402
+import sitecustomize  # noqa: E402, F401
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path_factory, monkeypatch):
+    """Runs go to a scratch folder, wherever the developer's own may be."""
+    monkeypatch.setenv("LORA_NB_RUNS", str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    """A Stable Diffusion pipeline of random weights, 16 px, built in a second; do not write into it."""
+    from lora_nb.families import tiny
+
+    return tiny.build("sd", tmp_path_factory.mktemp("tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Eight pictures of one colour with captions, 24 px, and two held out; do not write into it."""
+    import json
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 8), ("validation", 2)):
+        (folder / split).mkdir()
+        rows = []
+        for i in range(count):
+            Image.new("RGB", (24, 24), (30 * i, 90, 200)).save(folder / split / f"{i}.png")
+            rows.append(json.dumps({"file_name": f"{i}.png", "text": f"colour {i}"}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder

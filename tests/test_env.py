@@ -1,0 +1,251 @@
+"""Where we run: platform, device and its reason, folders, presets, doctor, and how quick the import is."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_nb
+from lora_nb import env
+from lora_nb.errors import ConfigError, ModelError
+
+# What torch 2.11 for CUDA 12.8 was built for, as `torch.cuda.get_arch_list()` gives it.
+CU128 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+P100, T4, A100, L4, H100, FUTURE = (6, 0), (7, 5), (8, 0), (8, 9), (9, 0), (13, 0)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """No variable of any platform is set."""
+    for name in (
+        "COLAB_RELEASE_TAG",
+        "KAGGLE_KERNEL_RUN_TYPE",
+        "CI",
+        "LORA_NB_HEADLESS",
+        "LORA_NB_RUNS",
+        "LORA_NB_DATA",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend that torch sees a GPU: the one thing a machine without one cannot show."""
+
+    def pretend(name: str, capability: tuple[int, int], gigabytes: float) -> None:
+        properties = type("Properties", (), {"total_memory": int(gigabytes * 2**30)})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU128)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    return pretend
+
+
+def test_where(elsewhere):
+    assert env.where() == "local"
+    elsewhere.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert env.where() == "kaggle"
+    elsewhere.setenv("COLAB_RELEASE_TAG", "release-colab-2026.08")
+    assert env.where() == "colab"
+
+
+def test_headless(elsewhere):
+    assert env.headless()  # pytest has no notebook kernel
+    from IPython import get_ipython
+
+    kernel = type("Shell", (), {"kernel": None})()
+    elsewhere.setattr(sys.modules["IPython"], "get_ipython", lambda: kernel)
+    assert not env.headless()
+    for name, value in (
+        ("LORA_NB_HEADLESS", "1"),
+        ("CI", "true"),
+        ("KAGGLE_KERNEL_RUN_TYPE", "Batch"),
+    ):
+        elsewhere.setenv(name, value)
+        assert env.headless()
+        elsewhere.delenv(name)
+    assert get_ipython() is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        (P100, CU128, False),
+        (T4, CU128, True),
+        (L4, CU128, True),  # sm_89 is not in the list; code for sm_86 runs on it
+        (A100, ["sm_86", "sm_90"], False),
+        (H100, ["sm_90a"], False),
+        (FUTURE, CU128, False),
+        (FUTURE, [*CU128, "compute_120"], True),
+        (P100, ["compute_75"], False),
+    ],
+)
+def test_kernels_for_a_gpu(capability, architectures, runs):
+    assert env._runs_on(capability, architectures) is runs
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "device", "dtype", "words"),
+    [
+        ("Tesla T4", T4, "cuda", "float16", "sm_75"),
+        ("NVIDIA L4", L4, "cuda", "bfloat16", "sm_89"),
+        ("Tesla P100", P100, "cpu", "float32", "no kernels for Tesla P100"),
+    ],
+)
+def test_device_has_a_true_reason(gpu, name, capability, device, dtype, words):
+    gpu(name, capability, 16)
+    found = env.pick_device()
+    assert (found.name, found.dtype) == (device, dtype)
+    assert words in found.reason
+    stranded = next(check for check in env.doctor() if check.name == "device")
+    assert stranded.ok is (device == "cuda")
+
+
+def test_folders(elsewhere, tmp_path):
+    (tmp_path / "chosen" / "base").mkdir(parents=True)
+    elsewhere.setenv("LORA_NB_DATA", str(tmp_path / "chosen"))
+    with pytest.raises(ModelError, match="LORA_NB_DATA"):
+        env.data_dir()
+    (tmp_path / "chosen" / "base" / "model_index.json").write_text("{}")
+    assert env.data_dir() == tmp_path / "chosen"
+    assert env.runs_dir() == Path(env.__file__).resolve().parents[1] / "runs"
+    elsewhere.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert env.runs_dir() == Path("/kaggle/working/runs")
+    elsewhere.setenv("LORA_NB_RUNS", str(tmp_path))
+    assert env.run_dir("my-style") == tmp_path / "my-style"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "/tmp/x"])
+def test_a_run_is_one_folder(name):
+    with pytest.raises(ConfigError, match="one folder name"):
+        env.run_dir(name)
+
+
+def test_need_names_the_notebook(tmp_path):
+    assert env.need(tmp_path, "03_training.ipynb") == tmp_path
+    with pytest.raises(ConfigError, match=r"^There is no .*adapter.* run 03_training.ipynb first"):
+        env.need(tmp_path / "adapter", "03_training.ipynb")
+
+
+def test_auto_without_a_gpu_is_the_embedded_base(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = env.preset("auto")
+    assert chosen.name == "tiny"
+    assert "no usable CUDA GPU" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "reachable", "name", "words"),
+    [(15, True, "sd15", "15 GB"), (15, False, "tiny", "cache"), (4, True, "tiny", "wants 8")],
+)
+def test_auto_with_a_gpu(gpu, monkeypatch, gigabytes, reachable, name, words):
+    gpu("Tesla T4", T4, gigabytes)
+    monkeypatch.setattr(env, "_reachable", lambda model: reachable)
+    chosen = env.preset()
+    assert chosen.name == name
+    assert words in chosen.reason
+
+
+def test_offline_nothing_is_reachable():
+    assert not env._reachable("nobody/nothing")
+
+
+def test_preset_becomes_a_config():
+    chosen = env.preset("tiny")
+    config = chosen.config(
+        "mine", rank=16, max_train_steps=None, caption_dropout=0.1, learning_rate=3e-4
+    )
+    assert config.lora["unet"].rank == 16
+    assert config.max_train_steps == chosen.max_train_steps  # None keeps the preset's
+    assert config.data.caption_dropout == 0.1
+    assert config.learning_rate == 3e-4
+    assert config.lora["unet"].learning_rate is None
+    assert config.output_dir == str(env.run_dir("mine"))
+    assert Path(config.data.train_data_dir, "train").is_dir()
+
+
+def test_preset_refuses_what_it_does_not_know():
+    with pytest.raises(ConfigError, match="did you mean 'rank'"):
+        env.preset("tiny").config("mine", rnak=8)
+    with pytest.raises(ConfigError, match="rank of unet is 0"):
+        env.preset("tiny").config("mine", rank=0)
+    with pytest.raises(ConfigError, match="tiny, sd15, sdxl"):
+        env.preset("huge")
+
+
+@pytest.mark.parametrize("name", env.PRESETS)
+def test_every_preset_gives_a_valid_config(name):
+    env.preset(name).config("mine")
+
+
+def test_setup_prints_what_it_returns(capsys):
+    found = lora_nb.setup()
+    assert capsys.readouterr().out.strip() == found.table()
+    for words in (found.device.reason, str(found.runs), found.preset.name, "torch"):
+        assert words in found.table()
+    assert "all checks passed" in repr(found)
+
+
+@pytest.mark.parametrize(("version", "ok"), [("0.10.0", False), ("0.16.0", True)])
+def test_old_torchao_is_reported(monkeypatch, version, ok):
+    real = env.importlib.metadata.version
+    monkeypatch.setattr(
+        env.importlib.metadata, "version", lambda name: version if name == "torchao" else real(name)
+    )
+    check = next(check for check in env.doctor() if check.name == "torchao")
+    assert check.ok is ok
+    assert "uninstall" in check.fix
+
+
+def test_versions_outside_the_window_are_reported():
+    assert env._version("numpy", "1.0", "99.0").ok
+    assert "newer than tested" in env._version("numpy", "1.0", "1.26").found
+    assert env._version("numpy", "99.0", "99.1").fix == 'pip install "numpy>=99.0"'
+    assert env._version("no-such-package", "1.0", "2.0").found == "not installed"
+
+
+def test_import_is_quick_and_light():
+    heavy = "torch diffusers transformers datasets matplotlib ipywidgets"
+    code = (
+        "import sys, time; start = time.perf_counter(); import lora_nb, lora_nb.env; "
+        "print(time.perf_counter() - start); "
+        f"print([name for name in '{heavy}'.split() if name in sys.modules])"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        for _ in range(3)
+    ]
+    assert runs[0][1] == "[]"
+    assert min(float(seconds) for seconds, *_ in runs) < 0.3
+
+
+@pytest.mark.parametrize("name", lora_nb.__all__)
+def test_public_names_are_there(name):
+    assert getattr(lora_nb, name) is not None
+    assert name in dir(lora_nb)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        lora_nb.trian  # noqa: B018
+
+
+def test_show_source(capsys):
+    lora_nb.show_source(env.run_dir)
+    lines = capsys.readouterr().out.splitlines()
+    number = int(lines[0].removeprefix("# lora_nb/env.py, line "))
+    assert (
+        Path(env.__file__).read_text().splitlines()[number - 1]
+        == lines[1]
+        == "def run_dir(name: str) -> Path:"
+    )
+    lora_nb.show_source(dataclasses.dataclass(env.Preset))
+    assert "class Preset" in capsys.readouterr().out

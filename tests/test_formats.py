@@ -1,0 +1,132 @@
+"""LoRA files: ours is what diffusers writes plus metadata, and a description never needs a model."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_nb import adapters, formats
+from lora_nb.config import LoraSpec
+from lora_nb.errors import FormatError, NumericsError
+from lora_nb.families import load_family
+
+
+@pytest.fixture
+def family(tiny_sd):
+    family = load_family("auto", str(tiny_sd))
+    adapters.add(
+        family,
+        {
+            "unet": LoraSpec(rank=2, lora_alpha=1.0),
+            "text_encoder": LoraSpec(rank=3, lora_alpha=6.0),
+        },
+    )
+    for weights in adapters.parameters(family).values():
+        for weight in weights:
+            weight.data += 0.1
+    return family
+
+
+def test_our_file_is_the_one_diffusers_writes(family, tmp_path):
+    ours = formats.save_adapter(family, tmp_path / "ours", {"trigger": "ink"})
+    parts = {
+        f"{part}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+        for part, module in family.trainable.items()
+    }
+    metadata = {
+        f"{part}_lora_adapter_metadata": module.peft_config["default"].to_dict()
+        for part, module in family.trainable.items()
+    }
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "theirs", **parts, **metadata)
+    theirs = tmp_path / "theirs" / formats.FILE_NAME
+    a, b = load_file(ours), load_file(theirs)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    headers = []
+    for file in (ours, theirs):
+        with safe_open(file, framework="pt") as opened:
+            headers.append(opened.metadata())
+    described = [json.loads(h["lora_adapter_metadata"]) for h in headers]
+    for settings in described:
+        for name, value in settings.items():
+            if isinstance(value, list):
+                settings[name] = sorted(value)
+    assert described[0] == described[1]
+    assert headers[0]["trigger"] == "ink"
+
+
+def test_inspect_says_what_is_in_it(family, tmp_path):
+    report = formats.inspect(formats.save_adapter(family, tmp_path))
+    assert report.format == "diffusers"
+    assert report.parts["unet"].ranks == (2,)
+    assert report.parts["unet"].alphas == (1.0,)
+    assert report.parts["text_encoder"].alphas == (6.0,)
+    for part, weights in adapters.parameters(family).items():
+        assert report.parts[part].parameters == sum(w.numel() for w in weights)
+        assert report.parts[part].modules * 2 == len(weights)
+    assert report.problems == ()
+    assert "text_encoder" in report.table()
+    assert formats.inspect(tmp_path) == formats.inspect(tmp_path)  # a folder will do
+
+
+def test_inspect_warns_of_lost_alpha(family, tmp_path):
+    file = formats.save_adapter(family, tmp_path)
+    save_file(load_file(file), tmp_path / "bare.safetensors", metadata={"format": "pt"})
+    report = formats.inspect(tmp_path / "bare.safetensors")
+    assert "alpha = rank" in report.problems[0]
+    assert report.parts["unet"].alphas == (2.0,)  # what a reader would take
+
+
+def test_inspect_reads_kohya_and_peft_keys(tmp_path):
+    a, b = torch.zeros(4, 8), torch.zeros(8, 4)
+    kohya = {
+        "lora_unet_x.lora_down.weight": a,
+        "lora_unet_x.lora_up.weight": b,
+        "lora_unet_x.alpha": torch.tensor(2.0),
+    }
+    kohya |= {"lora_te_y.lora_down.weight": a.clone(), "lora_te_y.lora_up.weight": b.clone()}
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    report = formats.inspect(tmp_path / "kohya.safetensors")
+    assert (report.format, set(report.parts)) == ("kohya", {"unet", "text_encoder"})
+    assert report.parts["unet"].alphas == (2.0,)
+    save_file(
+        {"unet.a.b.lora_A.weight": a, "unet.a.b.lora_B.weight": b}, tmp_path / "peft.safetensors"
+    )
+    assert formats.inspect(tmp_path / "peft.safetensors").format == "peft"
+
+
+def test_non_finite_weights_are_never_written(family, tmp_path):
+    next(iter(adapters.parameters(family)["unet"])).data[0, 0] = float("inf")
+    with pytest.raises(NumericsError, match="not finite"):
+        formats.save_adapter(family, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_names_non_finite_weights(tmp_path):
+    save_file(
+        {"unet.a.lora_A.weight": torch.full((2, 2), float("nan"))}, tmp_path / "x.safetensors"
+    )
+    assert "not finite" in " ".join(formats.inspect(tmp_path / "x.safetensors").problems)
+
+
+def test_other_files_are_refused(tmp_path):
+    cases = {
+        "pickle.safetensors": b"\x80\x04\x95evil",
+        "zip.bin": b"PK\x03\x04 torch zip",
+        "text.safetensors": b"hello",
+        "empty.safetensors": b"",
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FormatError, match=name):
+            formats.inspect(tmp_path / name)
+    with pytest.raises(FormatError, match="no LoRA file"):
+        formats.inspect(tmp_path / "nowhere.safetensors")
+    save_file({"conv.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match="no LoRA weights"):
+        formats.inspect(tmp_path / "model.safetensors")
