@@ -45,7 +45,7 @@ _PUBLIC = {
         "with_samples",
     ),
     "report": ("write_card", "write_report"),
-    "widgets": ("ConfigPanel", "LiveBoard"),
+    "widgets": ("ConfigPanel", "LiveBoard", "ScaleExplorer"),
     "checks": ("check",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

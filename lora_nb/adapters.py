@@ -58,6 +58,9 @@ def add(family: Family, lora: dict[str, LoraSpec], seed: int = 0) -> None:
         with torch.random.fork_rng(devices=[]):  # peft draws A from the global stream
             torch.manual_seed(rng.generator(seed, f"adapter/{part}", 0).initial_seed())
             module.add_adapter(peft_config(spec, family.targets[part]), adapter_name=ADAPTER)
+        module.train(
+            module.training
+        )  # peft's new layers come in training mode: dropout would be on
         for name, parameter in module.named_parameters():
             parameter.requires_grad_("lora_" in name)
             if parameter.requires_grad:

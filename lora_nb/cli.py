@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -176,46 +176,25 @@ def _train(args: argparse.Namespace) -> int:
             "" if {"train_data_dir", "dataset_name"} & set(given) else " and its pictures data/ink"
         )
         _say(f"No base model is named, so the embedded one{pictures} is used (preset tiny).")
-    with _noted_signals() as signals:
-        training = train(flags.from_flags(args, base))
-        _say(
-            f"{training.parameters:,} weights, {len(training.pictures)} pictures, run in {training.folder}"
-        )
-        with closing(with_samples(training)) as steps:
-            for step in steps:
-                if (
-                    step.step % args.log_every == 0
-                    or step.step == training.max_train_steps
-                    or step.probe
-                ):
-                    _say(_line(step, training.max_train_steps))
-        if training.interrupted:
-            _say(f"Stopped at step {training.start_step}; the same command continues from there.")
-            return 128 + signals()
+    training = train(flags.from_flags(args, base))
+    _say(
+        f"{training.parameters:,} weights, {len(training.pictures)} pictures, run in {training.folder}"
+    )
+    with closing(with_samples(training)) as steps:
+        for step in steps:
+            if (
+                step.step % args.log_every == 0
+                or step.step == training.max_train_steps
+                or step.probe
+            ):
+                _say(_line(step, training.max_train_steps))
+    if training.interrupted:
+        _say(f"Stopped at step {training.start_step}; the same command continues from there.")
+        return 128 + (training.stopped_by or signal.SIGINT)
     if _main_process():
         write_card(training.folder)
         _say(f"Adapter, samples and {write_report(training.folder).name} are in {training.folder}.")
     return 0
-
-
-@contextmanager
-def _noted_signals() -> Iterator[Callable[[], int]]:
-    """Note the number of the last signal, whoever handles it: the trainer finishes its step and does not tell."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    terminate = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # while the model is loading
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield lambda: os.read(reader, 64)[-1]
-    except KeyboardInterrupt:
-        sys.exit(128 + os.read(reader, 64)[-1])
-    finally:
-        signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGTERM, terminate)
-        os.close(reader)
-        os.close(writer)
 
 
 def _embedded() -> dict[str, Any]:
@@ -258,7 +237,9 @@ def _doctor(args: argparse.Namespace) -> int:
         report = scan(spec)
         print(report.table())
         errors = len(report.errors)
-    return 1 if errors or not all(check.ok for check in checks) else 0
+    if errors:
+        return 2
+    return 0 if all(check.ok for check in checks) else 1
 
 
 def _generate(args: argparse.Namespace) -> int:

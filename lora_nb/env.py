@@ -223,8 +223,7 @@ class Preset:
 
 
 _SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-PRESETS = ("tiny", "sd15", "sdxl")
+PRESETS = ("tiny", "sd15")
 
 
 def preset(name: str = "auto") -> Preset:
@@ -243,9 +242,7 @@ def preset(name: str = "auto") -> Preset:
         base = str(data_dir() / "base")
         return Preset("tiny", "sd", base, ink, 128, 8, 400, 1e-3, 8, None, 25, 3.0, 0.7, reason)
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(pick_device().dtype)
-    if name == "sd15":
-        return Preset("sd15", "sd", _SD15, ink, 512, 4, 500, 1e-4, 8, half, 30, 7.5, 0.0, reason)
-    return Preset("sdxl", "sdxl", _SDXL, ink, 1024, 1, 500, 1e-4, 8, half, 30, 5.0, 0.0, reason)
+    return Preset("sd15", "sd", _SD15, ink, 512, 4, 500, 1e-4, 8, half, 30, 7.5, 0.0, reason)
 
 
 def _choose() -> tuple[str, str]:

@@ -4,6 +4,10 @@
 class LoraNbError(Exception):
     """Any error that the user can mend; the command line prints it without a traceback and exits with 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback: the sentence."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(LoraNbError):
     """A setting that cannot be trained with, or a key that no setting has."""

@@ -407,7 +407,7 @@ def _rates(steps: Sequence[Mapping]) -> dict[str, tuple[list, list]]:
 
 
 def _strip(
-    samples: Mapping[str, Sequence[Picture]], columns: int = 8, rows: int = 2
+    samples: Mapping[str, Sequence[Picture]], columns: int = 8, rows: int = 3
 ) -> dict[str, Sequence[Picture]]:
     """The first label and the latest others that fit, each with its first `rows` pictures."""
     labels = list(samples)

@@ -103,6 +103,7 @@ class Training:
         )
         self.cache = self._cache()
         self.start_step, self.interrupted = 0, False
+        self.stopped_by: int | None = None  # number of the signal that asked to stop
         self.probe: Probe | None = None
         self.last_probe: ProbeResult | None = None
         self.run_id, self.best = secrets.token_hex(8), None
@@ -343,7 +344,7 @@ class Training:
         def ask(number: int, frame: Any) -> None:
             if self.interrupted and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self.interrupted, self.stopped_by = True, number
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -327,9 +327,12 @@ class LiveBoard:
             self._handle.update(bundle, raw=True)
 
     def _leave(self) -> None:
-        if self._step is None:
+        finished = self._training.start_step >= self._training.max_train_steps
+        if self._step is None and not finished:
             return
-        if self._handle is None:
+        if self._step is None:
+            print(f"All {self._training.max_train_steps} steps of this run are done already.")
+        elif self._handle is None:
             print(self.line(), flush=True)
         else:
             self._handle.update({"text/plain": self.line()}, raw=True)

@@ -49,8 +49,8 @@ def config_of(model, spec, folder, **changes):
     }
     settings = {
         "pretrained_model_name_or_path": str(model[1]), "data": spec, "lora": lora, "seed": 1,
-        "output_dir": str(folder), "train_batch_size": 2, "max_train_steps": 6, "learning_rate": 1e-2, "lr_warmup_steps": 0,
-        "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "checkpointing_steps": 100,
+        "output_dir": str(folder), "train_batch_size": 2, "max_train_steps": 6, "learning_rate": 1e-2,
+        "lr_warmup_steps": 0, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "checkpointing_steps": 100,
     }  # fmt: skip
     return TrainConfig(**settings | changes)
 

@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 CORE = ("00_setup", "01_dataset", "02_lora_config", "03_training", "04_inference")
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 # A notebook whose inputs are missing, and the one that writes them; every other one opens and runs on its own.
-NEEDS = {"04_inference": "03_training"}
+NEEDS = {"03_training": "02_lora_config", "04_inference": "03_training"}
 
 spec = importlib.util.spec_from_file_location("notebooks", REPO / "scripts" / "notebooks.py")
 tool = importlib.util.module_from_spec(spec)

@@ -57,6 +57,7 @@ FIGURES = {
     "noise_ladder": lambda: plots.noise_ladder([[picture(RED)] * 2], [0, 999], snr=[1000.0, 0.0]),
     "training_figure": lambda: plots.training_figure(history(), {"base": [picture(RED)]}, "title"),
     "training_figure, nothing yet": lambda: plots.training_figure([]),
+    "loss_curve": lambda: plots.loss_curve([0.3, 0.2, 0.1]),
     "learning_rate_curve": lambda: plots.learning_rate_curve({"unet": [0, 1e-4], "other": [0, 0]}),
     "loss_by_timestep": lambda: plots.loss_by_timestep([10, 500, 900], [0.5, 0.2, 0.1]),
     "probe_by_timestep": lambda: plots.probe_by_timestep([(10, 0.4, 0.5), (10, 0.3, 0.2)]),

@@ -188,6 +188,13 @@ def test_a_board_that_saw_no_step_closes_silently(config, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_board_on_a_finished_run_says_so(config, capsys):
+    for _ in train(config):
+        pass
+    LiveBoard(train(config)).close()
+    assert capsys.readouterr().out == "All 4 steps of this run are done already.\n"
+
+
 def test_the_board_does_not_change_the_training(config, tmp_path):
     losses = []
     for name, watched in (("a", True), ("b", False)):

@@ -68,7 +68,7 @@ SOFTWARE.
 CARD = """---
 license: mit
 language: en
-pretty_name: {title}
+pretty_name: "{title}"
 task_categories:
 - text-to-image
 size_categories:
