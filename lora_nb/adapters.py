@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
@@ -68,11 +69,11 @@ def add(family: Family, lora: dict[str, LoraSpec], seed: int = 0) -> None:
 
 
 def remove(family: Family) -> None:
-    """Take every adapter off; the base model is what it was."""
+    """Take every adapter off; the plain layers are back in place."""
     for module in family.trainable.values():
-        if has_adapter(module):  # diffusers and transformers name it differently
-            delete = getattr(module, "delete_adapters", None) or module.delete_adapter
-            delete(ADAPTER)
+        if has_adapter(module):
+            delete_adapter_layers(module, ADAPTER)
+            recurse_remove_peft_layers(module)
 
 
 def has_adapter(module: torch.nn.Module) -> bool:

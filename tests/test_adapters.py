@@ -108,6 +108,7 @@ def test_remove_gives_the_base_back(family):
     stir(family)
     adapters.remove(family)
     assert all(torch.equal(a, b) for a, b in zip(before, outputs(family), strict=True))
+    assert not any(list(adapters.layers(module)) for module in family.trainable.values())
     adapters.add(family, BOTH)  # and a new one can be added
 
 

@@ -269,7 +269,7 @@ def test_doctor(pictures, folder, capsys):
     assert "torch" in printed
     assert "8 pictures" in printed
     (folder / "b.txt").unlink()
-    assert main(["doctor", str(folder)]) == 1
+    assert main(["doctor", str(folder)]) == 2
     assert "b.png" in capsys.readouterr().out
 
 

@@ -167,11 +167,11 @@ def test_a_step_done_again_after_a_resume_counts_once():
 
 
 def test_sample_strip_keeps_the_base_and_the_latest():
-    samples = {"base": [picture(RED)] * 3} | {f"step {s}": [picture(BLUE)] * 3 for s in range(20)}
+    samples = {"base": [picture(RED)] * 4} | {f"step {s}": [picture(BLUE)] * 4 for s in range(20)}
     figure = plots.training_figure(history(), samples)
     labels = [t for t in texts(figure) if t == "base" or re.fullmatch(r"step \d+", t)]
     assert labels == ["base", *[f"step {s}" for s in range(13, 20)]]
-    assert len(figure.axes) == 3 + 8 * 2
+    assert len(figure.axes) == 3 + 8 * 3
 
 
 def test_loss_by_timestep_means_are_the_means_of_the_slices():

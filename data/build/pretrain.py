@@ -3,8 +3,8 @@
 The autoencoder is frozen; the latent moments of every drawing are computed once. The objective is
 v-prediction with zero terminal SNR and the plain mean squared error. The learning rate follows a
 budget given in minutes or steps; the checkpoint is exact, so a killed run continues with --minutes
-as before. Several processes average their gradients: on a CPU, one thread in each of two processes
-does twice the work of two threads in one. On a machine with CUDA start it with plain python.
+as before. Several processes average their weights every few steps: on a busy CPU one thread in
+each of two processes did twice the work of two threads in one. On a GPU start it with plain python.
 
     torchrun --standalone --nproc-per-node 2 data/build/pretrain.py train --minutes 55
     python data/build/pretrain.py export
@@ -286,20 +286,32 @@ def sample_grid(
     page.save(path)
 
 
-def share_gradients(weights: dict[str, torch.Tensor], budget: Budget, loss: torch.Tensor) -> float:
-    """Average gradients and loss over the processes; all of them follow the clock of the first."""
+@torch.no_grad()
+def average_processes(
+    weights: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    budget: Budget,
+    moments: bool,
+) -> None:
+    """Average the weights over the processes; all of them follow the clock of the first.
+
+    Between two calls each process takes its own optimizer steps (local SGD). Averaging gradients
+    at every step would cost a quarter of the time on a CPU.
+    """
     if not dist.is_initialized():
-        return loss.item()
-    first = dist.get_rank() == 0
-    clock = torch.tensor([loss.item(), budget.elapsed if first else 0.0])
-    flat = torch.cat([p.grad.flatten() for p in weights.values()] + [clock])
+        return
+    tensors = list(weights.values())
+    if moments:
+        for name in ("exp_avg", "exp_avg_sq"):
+            tensors += [optimizer.state[p][name] for p in weights.values()]
+    clock = torch.tensor([budget.elapsed if dist.get_rank() == 0 else 0.0])
+    flat = torch.cat([t.flatten() for t in tensors] + [clock])
     dist.all_reduce(flat)
     budget.agreed = flat[-1].item()
     flat /= dist.get_world_size()
-    sizes = [p.numel() for p in weights.values()]
-    for p, part in zip(weights.values(), flat[:-2].split(sizes), strict=True):
-        p.grad.copy_(part.view_as(p))
-    return flat[-2].item()
+    sizes = [t.numel() for t in tensors]
+    for t, part in zip(tensors, flat[:-1].split(sizes), strict=True):
+        t.copy_(part.view_as(t))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -316,6 +328,8 @@ def train(args: argparse.Namespace) -> None:
     budget = Budget(args.peak, args.steps, seconds, warmup_steps=args.warmup)
     resumed = load_checkpoint(args.out, weights, optimizer, budget, average)
     first = run.rank == 0
+    if run.world > 1:
+        budget.agreed = budget.elapsed
     if first:
         log(
             args.out,
@@ -327,19 +341,24 @@ def train(args: argparse.Namespace) -> None:
             minutes=args.minutes,
         )
     losses: list[float] = []
-    saved = budget.elapsed
+    saved = budget.progress
     while not budget.done:
         loss = run.loss(budget.step)
         loss.backward()
-        losses.append(share_gradients(weights, budget, loss))
+        losses.append(loss.item())
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        average.update(weights, budget.step)
         budget.tick(args.batch * run.world, run.world)
+        if budget.step % args.sync == 0:
+            due = budget.progress - saved >= args.save_every
+            average_processes(weights, optimizer, budget, moments=due)
+        average.update(weights, budget.step)
         if not first:
+            if budget.step % args.sync == 0 and due:
+                saved = budget.progress
             continue
         if budget.step % 50 == 0:
             log(
@@ -353,13 +372,14 @@ def train(args: argparse.Namespace) -> None:
                 cpu_hours=budget.cpu_seconds / 3600,
             )
             losses.clear()
-        if budget.elapsed - saved > args.save_minutes * 60:
-            saved = budget.elapsed
+        if budget.step % args.sync == 0 and due:
+            saved = budget.progress
             save_checkpoint(args.out, weights, optimizer, budget, average)
             with swapped(weights, average):
                 held = run.validation_loss()
                 sample_grid(run.pipeline(), PROMPTS, args.out / f"sample-{budget.step:06d}.png")
             log(args.out, step=budget.step, held_out_loss=held)
+    average_processes(weights, optimizer, budget, moments=True)
     if dist.is_initialized():
         dist.destroy_process_group()
     if not first:
@@ -396,10 +416,11 @@ def main() -> None:
     parser.add_argument("--concepts", choices=("common", "good"), default="common")
     parser.add_argument("--minutes", type=float, default=75.0, help="budget, pauses not counted")
     parser.add_argument("--steps", type=int, help="fixes the budget in steps instead")
-    parser.add_argument("--batch", type=int, default=24, help="of each process")
+    parser.add_argument("--batch", type=int, default=16, help="of each process")
     parser.add_argument("--peak", type=float, default=8e-4)
     parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--save-minutes", type=float, default=7.0)
+    parser.add_argument("--save-every", type=float, default=0.1, help="share of the budget")
+    parser.add_argument("--sync", type=int, default=8, help="steps between averaging processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
