@@ -259,8 +259,8 @@ class LiveBoard:
     def update(self, step: Any) -> None:
         """Take one step of the training; redraws if it is time."""
         self._step = step
-        if self._first is None:  # the clock of "s/step" starts where the first step began
-            self._first, self._began = step.step, time.monotonic() - step.seconds
+        if self._first is None:  # the clock starts behind the first step, which fills the cache
+            self._first, self._began = step.step, time.monotonic()
         if time.monotonic() >= self._due and not self._closed:
             self._safely(self._print if self._plain else self._draw)
 
@@ -273,18 +273,22 @@ class LiveBoard:
     def line(self) -> str:
         """Where the training stands, like a progress bar in words."""
         step, total = self._step, self._training.max_train_steps
-        spent = time.monotonic() - self._began
-        pace = spent / (step.step - self._first + 1)
         rates = "/".join(f"{rate:.1e}" for rate in step.lr.values())
         filled = 16 * step.step // total
-        left = f"{_clock(pace * (total - step.step))} left"
-        if self._closed and step.step < total:
-            left = "stopped early, the same config goes on from here"
         return (
             f"step {step.step}/{total} [{'=' * filled}{'.' * (16 - filled)}] "
-            f"loss {step.loss:.4f}  lr {rates}  grad norm {step.grad_norm:.3g}  "
-            f"{pace:.2f} s/step  {_clock(spent)} gone, {left}"
+            f"loss {step.loss:.4f}  lr {rates}  {self._time()}"
         )
+
+    def _time(self) -> str:
+        left, done = self._training.max_train_steps - self._step.step, self._step.step - self._first
+        if self._closed and left:
+            return "stopped; run it again to go on"
+        if not done:
+            return "the clock starts now"
+        spent = time.monotonic() - self._began
+        pace = spent / done
+        return f"{pace:.2f} s/step  {_clock(spent)} gone, {_clock(pace * left)} left"
 
     def figure(self) -> plots.Figure:
         """The curves and samples that the run's folder holds now."""

@@ -180,7 +180,7 @@ def test_a_training_that_stops_early_is_told_how_to_go_on(config, capsys):
             training.interrupted = True  # what the interrupt signal does
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("step 1/4 ")
-    assert last.endswith("stopped early, the same config goes on from here")
+    assert last.endswith("stopped; run it again to go on")
 
 
 def test_a_board_that_saw_no_step_closes_silently(config, capsys):
