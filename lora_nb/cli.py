@@ -143,7 +143,8 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
 
 _TRAIN = """Train LoRA adapters. Names, meaning and defaults are those of the reference text-to-image LoRA
-script where it has the flag. Without --pretrained_model_name_or_path the embedded base model and its settings are used."""
+script where it has the flag. Without --pretrained_model_name_or_path the embedded base model and its
+settings are used."""
 _DOCTOR = "Compare this machine with what the tests ran on and, given a folder, report on its pictures and captions."
 _GENERATE = (
     "Draw one PNG for each prompt and seed. A picture depends on its own prompt and seed only."

@@ -124,7 +124,7 @@ def load_checkpoint(
     if not path.exists():
         return False
     with safe_open(path, framework="pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}
+        stored = {key: file.get_tensor(key) for key in list(file.keys())}
         counters = json.loads(file.metadata()["counters"])
     with torch.no_grad():
         for name, p in parameters.items():
