@@ -57,9 +57,15 @@ class Probe:
             timesteps.append(result.timesteps.cpu())
         return torch.cat(losses).view(DRAWS, self.n), torch.cat(timesteps).view(DRAWS, self.n)
 
+    def untrained(self) -> ProbeResult:
+        """The probe before the first step: B is zero there, so the losses are the base model's."""
+        return self._result(0, self.base)
+
     def measure(self, step: int) -> ProbeResult:
         """The probe with the adapters as they are now."""
-        losses, _ = self._losses()
+        return self._result(step, self._losses()[0])
+
+    def _result(self, step: int, losses: torch.Tensor) -> ProbeResult:
         paired = (losses - self.base).mean(0)  # (n,)
         error = (paired.std() / self.n**0.5).item() if self.n > 1 else float("inf")
         rows = zip(

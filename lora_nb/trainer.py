@@ -302,7 +302,7 @@ class Training:
             size, batch = config.probe_size, config.train_batch_size
             self.probe = Probe(self.family, self.held_out, size, batch, captions)
             if done == 0:
-                self._record_probe(self.probe.measure(0))
+                self._record_probe(self.probe.untrained())
 
     def _probe_if_due(self, done: int) -> ProbeResult | None:
         every = self.config.probe_steps

@@ -134,7 +134,13 @@ def test_the_run_folder_is_complete(config):
     assert [e["step"] for e in events(config, "probe")] == [0, 4]
     assert events(config, "start")[0]["pictures"] == 8
     assert events(config, "end") == [{"event": "end", "step": 4}]
-    assert events(config, "probe")[0]["difference"] == 0  # B is zero: nothing changed yet
+
+
+def test_the_first_probe_is_taken_from_the_base_because_nothing_has_changed_yet(config):
+    training = train(config)
+    training._start_probe(0)
+    assert training.probe.measure(0) == training.probe.untrained()  # measured, and exactly equal
+    assert training.probe.untrained().difference == 0
 
 
 def test_the_best_checkpoint_by_the_probe_is_kept(config):
