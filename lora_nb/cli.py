@@ -250,7 +250,7 @@ def _generate(args: argparse.Namespace) -> int:
     model = args.model
     if model is None:
         tiny = env.preset("tiny")
-        model, sampling = tiny.model, {name: getattr(tiny, name) for name in sampling}
+        model, sampling = tiny.model, tiny.sampling
     sampling |= {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
     pipeline = load_pipeline(model, args.lora, args.scale, device=env.pick_device().name)
     pairs = [(p, s) for p in range(len(args.prompts)) for s in args.seeds]

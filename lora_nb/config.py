@@ -187,6 +187,11 @@ class TrainConfig:
     )
     logging_dir: str = _setting("logs", "the tracker's folder inside output_dir")
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How a sample is drawn, as keywords of `generate` and of a pipeline."""
+        return sampling(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries and lists, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -252,6 +257,12 @@ class TrainConfig:
         if inner:
             outer["data"] = dataclasses.replace(outer.get("data", self.data), **inner)
         return dataclasses.replace(self, **outer)
+
+
+def sampling(settings: Any) -> dict[str, Any]:
+    """Number of steps, guidance and guidance rescale of anything that has these three."""
+    names = ("num_inference_steps", "guidance_scale", "guidance_rescale")
+    return {name: getattr(settings, name) for name in names}
 
 
 _LOWEST = {

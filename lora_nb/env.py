@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_nb.config import DataSpec, LoraSpec, TrainConfig, unknown_setting
+from lora_nb.config import DataSpec, LoraSpec, TrainConfig, sampling, unknown_setting
 from lora_nb.errors import ConfigError, ModelError
 
 # The floor in pyproject.toml, and the version in constraints/cpu-lock.txt that the tests run on.
@@ -189,6 +189,11 @@ class Preset:
     guidance_rescale: float
     reason: str
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How a sample is drawn, as keywords of `generate` and of a pipeline."""
+        return sampling(self)
+
     def config(self, run: str, **changes: Any) -> TrainConfig:
         """The training config of this preset for the run of that name.
 
@@ -214,9 +219,7 @@ class Preset:
             max_train_steps=self.max_train_steps,
             learning_rate=self.learning_rate,
             mixed_precision=self.mixed_precision,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            guidance_rescale=self.guidance_rescale,
+            **self.sampling,
         ).replace(**{k: v for k, v in changes.items() if k not in lora})
         config.validate()
         return config

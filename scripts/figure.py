@@ -20,11 +20,7 @@ def main(run: Path) -> None:
     rows = load(config.data, "validation").rows
     rows = rows[:: len(rows) // CONCEPTS][:CONCEPTS]
     captions = [row.caption for row in rows]
-    sampling = {
-        "num_inference_steps": tiny.num_inference_steps,
-        "guidance_scale": tiny.guidance_scale,
-        "guidance_rescale": tiny.guidance_rescale,
-    }
+    sampling = tiny.sampling
     pipeline = load_pipeline(tiny.model, adapter=run)
     before, after = (generate(pipeline, captions, SEED, scale=s, **sampling) for s in (0.0, 1.0))
     names = [str(row.extra["concept"]) for row in rows]

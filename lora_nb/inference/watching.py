@@ -65,9 +65,7 @@ def _draw(training: Any, label: str, step: int) -> None:
             pipeline,
             [prompt for prompt in config.validation_prompts for _ in seeds],
             seeds * len(config.validation_prompts),
-            config.num_inference_steps,
-            config.guidance_scale,
-            config.guidance_rescale,
+            **config.sampling,
         )
     folder = training.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
