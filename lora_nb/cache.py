@@ -3,7 +3,7 @@
 The moments are kept, not a drawn latent, so the posterior stays random and a cached run equals an uncached one.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -11,6 +11,8 @@ from lora_nb import data
 from lora_nb.config import DataSpec
 from lora_nb.errors import NumericsError
 from lora_nb.families import Batch, Family
+
+Encoded = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # mean, std, picture states
 
 
 class Cache:
@@ -31,8 +33,8 @@ class Cache:
     ):
         self.family, self.pictures, self.spec, self.seed = family, pictures, spec, seed
         self.keep_latents, self.keep_captions = latents, captions
-        self._moments: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._states: dict[str, torch.Tensor] = {}
+        self._encoded: dict[Hashable, Encoded] = {}
+        self._states: dict[str, dict[str, torch.Tensor]] = {}
 
     def batch(self, positions: list[int]) -> Batch:
         """The batch of these sample positions, a pure function of (seed, positions)."""
@@ -44,36 +46,51 @@ class Cache:
         captions = [
             self.pictures.caption(r, p, self.seed) for r, p in zip(rows, positions, strict=True)
         ]
-        moments = [self._picture(r, p) for r, p in zip(rows, positions, strict=True)]
+        encoded = [self._picture(r, p) for r, p in zip(rows, positions, strict=True)]
+        means, stds, states = zip(*encoded, strict=True)
+        shapes = [self.pictures.rows[r] for r in rows]
         return Batch(
             positions=positions,
             seed=self.seed,
             captions=captions,
-            moments=(torch.cat([m for m, _ in moments]), torch.cat([s for _, s in moments])),
-            text_states=torch.cat([self._caption(c) for c in captions])
+            moments=(torch.cat(means), torch.cat(stds)),
+            picture_states=_together(states),
+            geometry=torch.tensor(
+                [
+                    data.geometry(self.spec, shape, p, self.seed)
+                    for shape, p in zip(shapes, positions, strict=True)
+                ]
+            ),
+            text_states=_together([self._caption(c) for c in captions])
             if self.keep_captions
             else None,
         )
 
-    def _picture(self, row: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _picture(self, row: int, position: int) -> Encoded:
         shape = self.pictures.rows[row]
         one_crop = self.spec.center_crop or shape.width == shape.height
         key = (row, data.transform_key(self.spec, shape, position, self.seed))
-        if key in self._moments:
-            return self._moments[key]
+        if key in self._encoded:
+            return self._encoded[key]
         picture = data.pixels(self.pictures.image(row), self.spec, position, self.seed)
-        moments = self.family.moments(picture[None])
-        if not all(torch.isfinite(m).all() for m in moments):
+        encoded = (*self.family.moments(picture[None]), self.family.picture_states(picture[None]))
+        if not all(torch.isfinite(m).all() for m in encoded[:2]):
             raise NumericsError(
                 f"The VAE turns {shape.name} into numbers that are not finite; "
                 "take the picture out, or use a VAE that is safe in this precision."
             )
         if self.keep_latents and one_crop:
-            self._moments[key] = moments
-        return moments
+            self._encoded[key] = encoded
+        return encoded
 
     @torch.no_grad()
-    def _caption(self, caption: str) -> torch.Tensor:
+    def _caption(self, caption: str) -> dict[str, torch.Tensor]:
         if caption not in self._states:
-            self._states[caption] = self.family.text_states([caption]).cpu()
+            states = self.family.text_states([caption])
+            self._states[caption] = {name: value.cpu() for name, value in states.items()}
         return self._states[caption]
+
+
+def _together(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One dictionary of batches from one dictionary per sample."""
+    return {name: torch.cat([each[name] for each in states]) for name in states[0]}

@@ -99,6 +99,9 @@ class TrainConfig:
     pretrained_model_name_or_path: str | None = _setting(
         None, "base model: a diffusers folder or a Hub name"
     )
+    pretrained_vae_model_name_or_path: str | None = _setting(
+        None, "another autoencoder for the same latents: a diffusers folder or a Hub name"
+    )
     family: str = _setting("auto", "model family; auto reads it from the model's own index")
     revision: str | None = _setting(None, "revision of the Hub model")
     variant: str | None = _setting(None, "weight variant of the Hub model, such as fp16")

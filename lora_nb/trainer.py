@@ -84,6 +84,7 @@ class Training:
             snr_gamma=config.snr_gamma,
             revision=config.revision,
             variant=config.variant,
+            vae=config.pretrained_vae_model_name_or_path,
         )
         _check_resolution(config.data.resolution, self.family)
         adapters.add(self.family, config.lora, seed=self.config.seed)
@@ -256,7 +257,8 @@ class Training:
     def _average_gradients(self) -> None:
         """The mean over processes; adapters are small, so this is cheap and needs no wrapped modules."""
         if self.accelerator.num_processes > 1:
-            for weight in self._all_weights():
+            # A layer whose output nothing uses (the last of SDXL's first encoder) has no gradient anywhere.
+            for weight in (w for w in self._all_weights() if w.grad is not None):
                 weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
 
     def _clip(self, done: int) -> float:

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_nb import adapters
 from lora_nb.config import LoraSpec
 from lora_nb.errors import ConfigError
-from lora_nb.families import load_family
+from lora_nb.families import REGISTRY, load_family
 
 BOTH = {"unet": LoraSpec(rank=4), "text_encoder": LoraSpec(rank=2, lora_alpha=8)}
 
@@ -20,7 +20,7 @@ def family(tiny_sd):
 
 def outputs(family):
     g = torch.Generator().manual_seed(0)
-    states = family.text_states(["a red apple"])
+    states = family.text_states(["a red apple"])["encoder_hidden_states"]
     x = torch.randn(1, 4, 8, 8, generator=g)
     return family.predict(
         x, torch.tensor([300]), {"encoder_hidden_states": states}
@@ -187,3 +187,36 @@ def test_published_sizes_of_stable_diffusion_15():
     counts = adapters.forecast(text, ("q_proj", "k_proj", "v_proj", "out_proj"), 4)
     assert sum(c.parameters for c in counts) == 294_912
     assert adapters.file_size(counts) == 4 * 294_912
+
+
+def test_published_sizes_of_stable_diffusion_xl():
+    sdxl = REGISTRY["sdxl"].targets
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        second = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_hidden_layers=32,
+                num_attention_heads=20,
+                projection_dim=1280,
+            )
+        )
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+    for rank, size in ((4, 5_806_080), (16, 23_224_320), (64, 92_897_280)):
+        counts = adapters.forecast(unet, sdxl["unet"], rank)
+        assert (len(counts), sum(c.parameters for c in counts)) == (560, size)
+    counts = adapters.forecast(second, sdxl["text_encoder_2"], 4)
+    assert sum(c.parameters for c in counts) == 1_310_720

@@ -7,13 +7,14 @@ choice is a function of (seed, position). Caching of latents and text states is 
 from lora_nb.data.pictures import Pictures, load
 from lora_nb.data.report import Problem, Report, Row
 from lora_nb.data.scan import has_split, scan
-from lora_nb.data.transforms import pixels, row_at, to_image, transform_key
+from lora_nb.data.transforms import geometry, pixels, row_at, to_image, transform_key
 
 __all__ = [
     "Pictures",
     "Problem",
     "Report",
     "Row",
+    "geometry",
     "has_split",
     "load",
     "pixels",

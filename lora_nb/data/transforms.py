@@ -50,6 +50,20 @@ def transform_key(spec: DataSpec, row: Sized, position: int, seed: int) -> Key:
     return Key(flip, top, left)
 
 
+def geometry(
+    spec: DataSpec, row: Sized, position: int, seed: int
+) -> tuple[int, int, int, int, int, int]:
+    """Original height and width, top and left of the crop, height and width of the square, in pixels.
+
+    Seen as if the whole resized picture had been mirrored before the crop: what is cut off on the left is counted on
+    the right then. SDXL is told this (Podell et al. 2023, section 2.2).
+    """
+    key = transform_key(spec, row, position, seed)
+    right = resized(row, spec.resolution)[0] - spec.resolution - key.left
+    left = right if key.flip else key.left
+    return row.height, row.width, key.top, left, spec.resolution, spec.resolution
+
+
 def pixels(image: Image.Image, spec: DataSpec, position: int, seed: int) -> torch.Tensor:
     """Resize the shorter side, crop, maybe mirror: (3, R, R) float32 in [-1, 1]. `image` is RGB."""
     flip, top, left = transform_key(spec, image, position, seed)

@@ -7,8 +7,9 @@ from typing import Any
 from lora_nb.errors import ModelError
 from lora_nb.families.base import Batch, Family
 from lora_nb.families.sd import StableDiffusion
+from lora_nb.families.sdxl import StableDiffusionXL
 
-REGISTRY: dict[str, type] = {family.name: family for family in (StableDiffusion,)}
+REGISTRY: dict[str, type] = {family.name: family for family in (StableDiffusion, StableDiffusionXL)}
 
 __all__ = ["REGISTRY", "Batch", "Family", "guess", "load_family"]
 

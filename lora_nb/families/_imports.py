@@ -30,6 +30,6 @@ def quiet() -> Iterator[None]:
 
 
 with quiet():
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-__all__ = ["StableDiffusionPipeline", "quiet"]
+__all__ = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "quiet"]

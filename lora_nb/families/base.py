@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_nb import rng
 from lora_nb.objectives import Diffusion
 
 
@@ -18,20 +19,35 @@ class Batch:
 
     positions: global sample numbers; they name every random draw of these pictures.
     captions: B strings, after choice and dropout.
-    pixels: (B, 3, H, W) float32 in [-1, 1], or None where `moments` are given.
-    moments: (mean, std) of the latents, each (B, C, h, w) float32, scaled; or None.
-    text_states: encoder hidden states (B, tokens, width) if no text encoder trains; or None.
+    moments: (mean, std) of x0, each (B, ...) float32.
+    picture_states: what else the family wants to know of each picture, (B, ...) by name.
+    geometry: (B, 6), original height and width, top and left of the crop, height and width of the square.
+    text_states: what the text encoders say, (B, ...) by name; None where one of them trains.
     """
 
     positions: list[int]
     seed: int
     captions: list[str]
-    pixels: torch.Tensor | None = None
-    moments: tuple[torch.Tensor, torch.Tensor] | None = None
-    text_states: torch.Tensor | None = None
+    moments: tuple[torch.Tensor, torch.Tensor]
+    picture_states: dict[str, torch.Tensor]
+    geometry: torch.Tensor
+    text_states: dict[str, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
+
+
+def from_moments(batch: Batch) -> torch.Tensor:
+    """x0 = mean + std * noise, the noise named by the batch's positions; float32 on the CPU."""
+    mean, std = batch.moments
+    return mean + std * rng.normal(mean.shape[1:], batch.seed, "posterior", batch.positions)
+
+
+def freeze(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Put a module on the device in the dtype, in eval mode, with no weight that trains."""
+    # The library's own `to` warns even where nothing is at stake.
+    torch.nn.Module.to(module, device, dtype)
+    module.requires_grad_(False).eval()
 
 
 class Family(Protocol):
@@ -61,12 +77,16 @@ class Family(Protocol):
         """Called once per picture when cached. In: (B, 3, H, W) in [-1, 1]. Out: mean and std of x0, no gradient."""
         ...
 
-    def text_states(self, captions: list[str]) -> torch.Tensor:
-        """Called once per caption when cached. Out: (B, tokens, width); has a gradient where a text encoder trains."""
+    def picture_states(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Called once per picture when cached. Out: what the condition takes from the picture; mostly nothing."""
+        ...
+
+    def text_states(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """Called once per caption when cached. Out: (B, ...) by name; has a gradient where a text encoder trains."""
         ...
 
     def latents(self, batch: Batch) -> torch.Tensor:
-        """Called every micro-step. Out: x0 (B, C, h, w) float32, drawn from the moments, no gradient."""
+        """Called every micro-step. Out: x0 (B, ...) float32, drawn from the moments, no gradient."""
         ...
 
     def condition(self, batch: Batch) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Stable Diffusion 1.x and 2.x: a VAE, one CLIP text encoder, a UNet; epsilon or v-prediction."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import AutoencoderKL
 
-from lora_nb import rng
 from lora_nb.families._imports import StableDiffusionPipeline, quiet
-from lora_nb.families.base import Batch
+from lora_nb.families.base import Batch, freeze, from_moments
 from lora_nb.objectives import Diffusion
 
 
@@ -15,6 +15,11 @@ class StableDiffusion:
 
     name = "sd"
     pipeline_class = StableDiffusionPipeline
+    unused: ClassVar = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
     targets: ClassVar = {
         "unet": ("to_k", "to_q", "to_v", "to_out.0"),
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -27,19 +32,19 @@ class StableDiffusion:
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
         self.scheduler, self.objective = pipeline.scheduler, objective
         self.dtype, self.device = dtype, device
-        self.trainable = {"unet": self.unet, "text_encoder": self.text_encoder}
+        encoders = {part: encoder for part, (_, encoder) in self.text_parts.items()}
+        self.trainable = {"unet": self.unet} | encoders
+        for module in self.trainable.values():
+            freeze(module, dtype, device)
         # The VAE stays in float32: half precision overflows in some, and it runs once per picture.
-        for module, kind in (
-            (self.unet, dtype),
-            (self.text_encoder, dtype),
-            (self.vae, torch.float32),
-        ):
-            torch.nn.Module.to(
-                module, device, kind
-            )  # the library's own `to` warns even where nothing is at stake
-            module.requires_grad_(False).eval()
+        freeze(self.vae, torch.float32, device)
         self.pixel_multiple = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = self.unet.config.sample_size * self.pixel_multiple
+
+    @property
+    def text_parts(self) -> dict[str, tuple[Any, torch.nn.Module]]:
+        """Tokenizer and text encoder of each text part."""
+        return {"text_encoder": (self.tokenizer, self.text_encoder)}
 
     @classmethod
     def load(
@@ -51,17 +56,18 @@ class StableDiffusion:
         snr_gamma: float | None = None,
         revision: str | None = None,
         variant: str | None = None,
-    ) -> "StableDiffusion":
-        """The family of a diffusers folder or Hub name; the objective follows the model's own scheduler."""
+        vae: str | None = None,
+    ) -> Self:
+        """The family of a diffusers folder or Hub name; the objective follows the model's own scheduler.
+
+        vae: folder or Hub name of another autoencoder for the same latents.
+        """
         with quiet():
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                model,
-                revision=revision,
-                variant=variant,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
+            pipeline = cls.pipeline_class.from_pretrained(
+                model, revision=revision, variant=variant, use_safetensors=True, **cls.unused
             )
+            if vae is not None:
+                pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae))
         objective = Diffusion.from_scheduler(pipeline.scheduler, prediction_type, snr_gamma)
         return cls(pipeline, objective, dtype, torch.device(device))
 
@@ -78,32 +84,33 @@ class StableDiffusion:
             stds.append(posterior.std.cpu() * self.vae.config.scaling_factor)
         return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
 
-    def token_ids(self, captions: list[str]) -> torch.Tensor:
+    def token_ids(self, captions: list[str], tokenizer: Any = None) -> torch.Tensor:
         """Token numbers (B, model_max_length), padded and cut as the pipeline does it."""
-        return self.tokenizer(
+        tokenizer = tokenizer or self.tokenizer
+        return tokenizer(
             captions,
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.device)
 
-    def text_states(self, captions: list[str]) -> torch.Tensor:
+    def picture_states(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Nothing: the condition is the caption alone."""
+        return {}
+
+    def text_states(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """The text encoder's last hidden states, (B, model_max_length, width)."""
-        return self.text_encoder(self.token_ids(captions))[0]
+        return {"encoder_hidden_states": self.text_encoder(self.token_ids(captions))[0]}
 
     def latents(self, batch: Batch) -> torch.Tensor:
         """x0 = mean + std * noise of the VAE posterior, float32 on the device."""
-        mean, std = batch.moments if batch.moments is not None else self.moments(batch.pixels)
-        noise = rng.normal(mean.shape[1:], batch.seed, "posterior", batch.positions)
-        return (mean + std * noise).to(self.device)
+        return from_moments(batch).to(self.device)
 
     def condition(self, batch: Batch) -> dict[str, Any]:
         """Cross-attention's encoder hidden states."""
-        states = (
-            batch.text_states if batch.text_states is not None else self.text_states(batch.captions)
-        )
-        return {"encoder_hidden_states": states.to(self.device, self.dtype)}
+        states = batch.text_states or self.text_states(batch.captions)
+        return {name: value.to(self.device, self.dtype) for name, value in states.items()}
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]
@@ -118,25 +125,22 @@ class StableDiffusion:
             latents.to(self.device) / self.vae.config.scaling_factor
         ).sample.clamp(-1, 1)
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def parts(self) -> dict[str, Any]:
+        """The modules and tokenizers that the pipeline is made of."""
+        own = {"unet": self.unet, "vae": self.vae}
+        return own | {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer} | self.unused
+
+    def pipeline(self) -> Any:
         """A sampling pipeline over these modules; it needs no dtype change of its own."""
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        pipeline = self.pipeline_class(scheduler=scheduler, **self.parts())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade time for memory in the UNet and, where it trains, in the text encoder."""
+        """Trade time for memory in the UNet and, where they train, in the text encoders."""
         self.unet.enable_gradient_checkpointing()
-        enable = getattr(
-            self.text_encoder, "activation_checkpointing_enable", None
-        )  # its name from transformers 5.2x
-        (enable or self.text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
+        for _, encoder in self.text_parts.values():
+            # Its name from transformers 5.2x on, and the one before.
+            enable = getattr(encoder, "activation_checkpointing_enable", None)
+            (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
