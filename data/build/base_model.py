@@ -150,7 +150,7 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
     for path in temporary.rglob("*.safetensors"):
         path.chmod(0o644)
     if folder.exists():
-        for kept in ("README.md", "LICENSE"):
+        for kept in ("README.md", "LICENSE", "measured.json"):
             if (folder / kept).exists():
                 shutil.copy2(folder / kept, temporary / kept)
         folder.rename(old)

@@ -2,21 +2,26 @@
 
 One concept ("red apple") is drawn by several hands (styles). Names, groups and keywords come from
 emojibase; an icon belongs to a concept when its name is the slug of the concept's label.
+
+`--pack FOLDER` writes what pretraining needs in a few megabytes. Put there as `build/drawings`, it
+takes the place of the packages on a machine that cannot fetch them (a rented GPU, say).
+
+    python data/build/drawings.py --pack build/pack
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from fetch import WORK, fetch, package_folder
 from PIL import Image
 
@@ -139,6 +144,10 @@ def share(name: str, salt: str) -> float:
 @cache
 def concepts(work: Path = WORK) -> dict[str, Concept]:
     """All concepts by slug, without flags and skin tones, in emojibase's order."""
+    packed = work / "drawings" / "concepts.json"
+    if packed.exists():
+        entries = json.loads(packed.read_text())
+        return {e["slug"]: Concept(**e | {"keywords": tuple(e["keywords"])}) for e in entries}
     folder = package_folder("emojibase-data", work) / "package"
     entries = json.loads((folder / "en" / "data.json").read_text())
     meta = json.loads((folder / "meta" / "groups.json").read_text())
@@ -174,8 +183,19 @@ def icon_of(style: str, concept: str, work: Path = WORK) -> dict | None:
     return book["icons"].get(concept)
 
 
+@cache
+def drawn(style: str, work: Path = WORK) -> frozenset[str]:
+    """The concepts that a style draws."""
+    names = work / "drawings" / f"{style}.json"
+    if names.exists():
+        return frozenset(json.loads(names.read_text()))
+    return frozenset(key for key in concepts(work) if icon_of(style, key, work) is not None)
+
+
 def render(style: str, concept: str, size: int = SIZE, work: Path = WORK) -> Image.Image:
     """Draw one concept: RGB, `size` x `size`, on white; a drawing that is not square is centred."""
+    import resvg_py  # only this function needs it, and a GPU machine has packed drawings instead
+
     book, icon = icons(style, work), icon_of(style, concept, work)
     if icon is None:
         raise KeyError(f"{style} does not draw {concept}")
@@ -214,7 +234,7 @@ def good_concepts(work: Path = WORK) -> tuple[str, ...]:
             continue
         if concept.group == "people-body" and concept.subgroup not in PEOPLE:
             continue
-        if sum(icon_of(style, key, work) is not None for style in BASE_STYLES) >= 4:
+        if sum(key in drawn(style, work) for style in BASE_STYLES) >= 4:
             chosen.append(key)
     return tuple(chosen)
 
@@ -223,11 +243,42 @@ def load_style(style: str, work: Path = WORK) -> tuple[list[str], np.ndarray]:
     """All drawings of a style as (concepts, uint8 array N x 128 x 128 x 3), rendered once."""
     store, names = work / "drawings" / f"{style}.npy", work / "drawings" / f"{style}.json"
     if not (store.exists() and names.exists()):
-        keys = [key for key in concepts(work) if icon_of(style, key, work) is not None]
         store.parent.mkdir(parents=True, exist_ok=True)
-        np.save(store, np.stack([np.asarray(render(style, key, work=work)) for key in keys]))
+        if store.with_suffix(".webp").exists():
+            keys = json.loads(names.read_text())
+            array = unpack(Image.open(store.with_suffix(".webp")), len(keys))
+        else:
+            keys = [key for key in concepts(work) if key in drawn(style, work)]
+            array = np.stack([np.asarray(render(style, key, work=work)) for key in keys])
+        np.save(store, array)
         names.write_text(json.dumps(keys))
     return json.loads(names.read_text()), np.load(store, mmap_mode="r")
+
+
+COLUMNS = 32
+
+
+def pack(folder: Path, work: Path = WORK) -> None:
+    """Write concepts and the good drawings of every style, one lossless WebP and one list per style."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [asdict(concept) for concept in concepts(work).values()]
+    (folder / "concepts.json").write_text(json.dumps(entries))
+    good = set(good_concepts(work))
+    for style in STYLES:
+        keys, array = load_style(style, work)
+        rows = [i for i, key in enumerate(keys) if key in good]
+        page = np.full((-(-len(rows) // COLUMNS), SIZE, COLUMNS, SIZE, 3), 255, np.uint8)
+        for place, i in enumerate(rows):
+            page[place // COLUMNS, :, place % COLUMNS] = array[i]
+        sheet = Image.fromarray(page.reshape(-1, COLUMNS * SIZE, 3))
+        sheet.save(folder / f"{style}.webp", lossless=True)
+        (folder / f"{style}.json").write_text(json.dumps([keys[i] for i in rows]))
+
+
+def unpack(sheet: Image.Image, count: int) -> np.ndarray:
+    """The drawings of one packed picture, N x 128 x 128 x 3."""
+    page = np.asarray(sheet).reshape(-1, SIZE, COLUMNS, SIZE, 3).swapaxes(1, 2)
+    return page.reshape(-1, SIZE, SIZE, 3)[:count]
 
 
 def fetch_all() -> None:
@@ -238,12 +289,19 @@ def fetch_all() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pack", type=Path, help="folder for the packed drawings")
+    args = parser.parse_args()
     fetch_all()
     for style in STYLES:
         keys, pictures = load_style(style)
         print(f"{style:8s} {len(keys)} drawings, {pictures.shape[1:]}")
     good = good_concepts()
     print(f"{len(good)} good concepts, {sum(map(held_out, good))} of them held out everywhere")
+    if args.pack:
+        pack(args.pack)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,59 @@ from state import count, generator
 
 PROMPTS = ["red apple, noto style", "fox, blob style", "rocket, flat style", "pizza, classic style"]
 CARD = Path(__file__).with_name("card.md")
+COUNTED = ("step", "samples", "elapsed", "cpu_seconds")
+RUN = ("before", "after", "true")
 
 
-def counters(folder: Path) -> dict:
-    """What the training run counted."""
-    return json.loads((folder / "counters.json").read_text())
+def counters(folders: list[Path]) -> dict:
+    """What the training runs counted, added up."""
+    found = [json.loads((folder / "counters.json").read_text()) for folder in folders]
+    return {key: sum(run[key] for run in found) for key in COUNTED}
+
+
+def percent(score: dict) -> str:
+    """A share with its interval: "77 % (71 to 82)"."""
+    return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * score[k] for k in ("mean", "low", "high")))
+
+
+def judged(folder: Path, judge: dict) -> dict:
+    """The tables of what the judge saw, from measured.json."""
+    figures = json.loads((folder / "measured.json").read_text())
+    base, real = figures["base"], judge["held_out"]["decoded"]
+    rows = []
+    for word in (*BASE_STYLES, "all", "common"):
+        own = base if word == "all" else base[word]
+        shares = " | ".join(percent(own[key]) for key in ("style", "concept_top1", "concept_top5"))
+        ceiling = "| |"
+        if word in real:
+            found = real[word]
+            ceiling = (
+                f"{100 * found['style_accuracy']:.0f} % | {100 * found['concept_top5']:.0f} % |"
+            )
+        rows.append(f"| {word} | {own['style']['count']} | {shares} | {ceiling}")
+    loras = []
+    for name, run in figures.items():
+        if not name.startswith("lora-"):
+            continue
+        _, style, parts = name.split("-")
+        cells = [percent(run[when][key]) for key in ("style", "concept_top5") for when in RUN]
+        loras.append(
+            f"| {style} | {parts.replace('_', ' ')} | {run['weights']:,} | {run['steps']} steps, "
+            f"{run['seconds']:.0f} s | {' | '.join(cells)} |"
+        )
+    cat = figures["subject"]
+    number = {k: f"{v['mean']:.2f}" for k, v in cat.items() if isinstance(v, dict)}
+    return {
+        "base_table": "\n".join(rows),
+        "lora_table": "\n".join(loras),
+        "subject": (
+            f"{cat['steps']} steps in {cat['seconds']:.0f} s, subject score "
+            f"{number['subject_before']} to {number['subject_after']} (the cat's own pictures among "
+            f"themselves: {number['subject_itself']}); siblings in the noto style: right name among "
+            f"the first five {number['siblings_top5_before']} to {number['siblings_top5_after']}, "
+            f"drift {number['siblings_drift']}"
+        ),
+    }
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -49,7 +97,12 @@ def measure(args: argparse.Namespace) -> dict:
 
     run = Pretraining(
         argparse.Namespace(
-            seed=0, batch=32, concepts="common", vae=args.base / "vae", out=args.run, init=args.base
+            seed=0,
+            batch=32,
+            concepts="common",
+            vae=args.base / "vae",
+            out=args.runs[-1],
+            init=args.base,
         )
     )
     facts["drawings"] = len(run.train.concepts)
@@ -65,13 +118,14 @@ def measure(args: argparse.Namespace) -> dict:
             generator=generator(0, i),
         )
     facts["seconds"] = f"{(time.time() - start) / len(PROMPTS):.1f} s"
-    for name, folder in (("vae", args.vae_run), ("unet", args.run)):
-        c = counters(folder)
+    for name, folders in (("vae", args.vae_runs), ("unet", args.runs)):
+        c = counters(folders)
         c["cpu_seconds"] += args.uncounted if name == "unet" else 0.0
         facts[f"{name}_samples"] = f"{c['samples']:,}"
         facts[f"{name}_minutes"] = f"{c['elapsed'] / 60:.0f}"
         facts[f"{name}_hours"] = f"{c['cpu_seconds'] / 3600:.1f}"
         facts[f"{name}_steps"] = f"{c['step']:,}"
+    facts |= judged(args.base, json.loads((ROOT / "data" / "judge" / "judge.json").read_text()))
     facts |= {p.split("/")[-1].replace("-", "_"): v[0] for p, v in PACKAGES.items()}
     return facts
 
@@ -79,9 +133,9 @@ def measure(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=ROOT / "data" / "base")
-    parser.add_argument("--vae-run", type=Path, default=WORK / "vae")
-    parser.add_argument("--run", type=Path, default=WORK / "base")
-    # The counter of our own run missed the second process for a while: 1,315 seconds.
+    parser.add_argument("--vae-runs", type=Path, nargs="+", default=[WORK / "vae"])
+    parser.add_argument("--runs", type=Path, nargs="+", default=[WORK / "base"])
+    # The counter of our first run missed the second process for a while: 1,315 seconds.
     parser.add_argument("--uncounted", type=float, default=0.0, help="CPU seconds to add")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

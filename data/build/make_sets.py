@@ -19,10 +19,10 @@ from drawings import (
     NEW_STYLES,
     Concept,
     concepts,
+    drawn,
     fetch_all,
     good_concepts,
     held_out,
-    icon_of,
     render,
     share,
 )
@@ -129,7 +129,7 @@ def split_concepts() -> tuple[list[Concept], list[Concept]]:
         for key in good_concepts()
         if not held_out(key)
         and book[key].subgroup != "cat-face"
-        and all(icon_of(style, key) is not None for style in NEW_STYLES)
+        and all(key in drawn(style) for style in NEW_STYLES)
     ]
     common = [c for c in usable if c.name in COMMON]
     validation = sorted(common, key=lambda c: share(c.slug, "validation"))[:VALIDATION]

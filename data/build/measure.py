@@ -1,0 +1,249 @@
+"""Measure base, LoRA and subject with the judge, and keep every figure in data/base/measured.json.
+
+Base: 200 captions that it was trained on, 40 in each style. LoRA: a run as the course does it, then the
+60 validation concepts, which were never shown in the new style. Subject: a DreamBooth-like run on the
+cat, then the cat in new situations and its siblings.
+
+    python data/build/measure.py guidance
+    python data/build/measure.py base
+    python data/build/measure.py lora --style ink --parts unet
+    python data/build/measure.py subject
+    python data/build/make_card.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from drawings import BASE_STYLES, COMMON, NEW_STYLES, concepts, drawn, share
+from fetch import ROOT, WORK
+from PIL import Image
+from pretrain import base_concepts
+
+from lora_nb import generate, load_judge, load_pipeline, metrics, preset, train
+from lora_nb.config import LoraSpec
+
+PARTS = {"unet": ("unet",), "text_encoder": ("text_encoder",), "both": ("unet", "text_encoder")}
+EDITS = """blue apple, noto style; green heart, flat style; pink cat face, noto style;
+purple star, twemoji style; red fish, flat style; yellow rose, noto style;
+cat with sunglasses, noto style; robot with a crown, flat style"""
+EDITS = [" ".join(text.split()) for text in EDITS.split(";")]
+NEW_SITUATIONS = (
+    "sks cat, sleeping",
+    "sks cat, with sunglasses",
+    "sks cat, with a top hat",
+    "sks cat, surprised",
+)
+SIBLINGS = (
+    "cat face",
+    "dog face",
+    "fox",
+    "tiger face",
+    "lion",
+    "mouse face",
+    "rabbit face",
+    "bear",
+)
+
+
+def seen_captions(per_style: int = 40) -> list[tuple[str, str, str]]:
+    """(caption, concept, style): the common things first, then others, in an order by hash."""
+    book, judged, rows = concepts(), set(load_judge().names), []
+    for style in BASE_STYLES:
+        keys = [key for key in base_concepts() if key in drawn(style) and book[key].name in judged]
+        keys.sort(key=lambda key: share(f"{style}/{key}", "seen captions"))
+        rows += [
+            (f"{book[key].name}, {style} style", book[key].name, style) for key in keys[:per_style]
+        ]
+    return rows
+
+
+def scores(pictures: list[Image.Image], names: list[str], styles: list[str]) -> dict:
+    """Style and concept of pictures, each with its own right answer."""
+    judge = load_judge()
+    found = judge.style_probabilities(pictures).argmax(axis=1)
+    right = [judge.styles[i] == style for i, style in zip(found, styles, strict=True)]
+    return {
+        "style": metrics.share(right)._asdict(),
+        "concept_top1": metrics.concept_score(pictures, names, judge, top=1)._asdict(),
+        "concept_top5": metrics.concept_score(pictures, names, judge)._asdict(),
+    }
+
+
+def measure_base(args: argparse.Namespace) -> dict:
+    tiny, rows = preset("tiny"), seen_captions()
+    pipeline = load_pipeline(str(args.base))
+    began = time.perf_counter()
+    pictures = generate(pipeline, [r[0] for r in rows], list(range(len(rows))), **tiny.sampling)
+    seconds = (time.perf_counter() - began) / len(rows)
+    result = scores(pictures, [r[1] for r in rows], [r[2] for r in rows])
+    common = [i for i, row in enumerate(rows) if row[1] in COMMON]
+    chosen = [[group[i] for i in common] for group in (pictures, *zip(*rows, strict=True))]
+    result["common"] = scores(chosen[0], chosen[2], chosen[3])
+    for style in BASE_STYLES:
+        own = [i for i, row in enumerate(rows) if row[2] == style]
+        result[style] = scores(
+            [pictures[i] for i in own], [rows[i][1] for i in own], [style] * len(own)
+        )
+    sheet(pictures[::5], [rows[i][0] for i in range(0, len(rows), 5)], args.out / "base.png")
+    edits = generate(pipeline, EDITS, list(range(len(EDITS))), **tiny.sampling)
+    sheet(edits, EDITS, args.out / "edits.png")
+    return {"base": result | {"seconds_per_picture_in_batches": seconds}}
+
+
+def measure_guidance(args: argparse.Namespace) -> dict:
+    """Style and concept over guidance and its rescale, on every fourth caption of `seen_captions`."""
+    rows, result = seen_captions()[::4], {}
+    pipeline = load_pipeline(str(args.base))
+    for guidance, rescale in (
+        (1.0, 0.0),
+        (2.0, 0.7),
+        (3.0, 0.0),
+        (3.0, 0.7),
+        (5.0, 0.7),
+        (8.0, 0.7),
+    ):
+        pictures = generate(
+            pipeline,
+            [r[0] for r in rows],
+            list(range(len(rows))),
+            num_inference_steps=25,
+            guidance_scale=guidance,
+            guidance_rescale=rescale,
+        )
+        found = scores(pictures, [r[1] for r in rows], [r[2] for r in rows])
+        result[f"guidance {guidance:g}, rescale {rescale:g}"] = found
+        shares = {key: round(score["mean"], 3) for key, score in found.items()}
+        print(f"guidance {guidance:g}, rescale {rescale:g}: {shares}", flush=True)
+    return {"guidance": result}
+
+
+def sheet(pictures: list[Image.Image], labels: list[str], path: Path, columns: int = 8) -> None:
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    page = Image.new("RGB", (columns * 128, len(rows) * 128), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            page.paste(picture, (x * 128, y * 128))
+    page.save(path)
+    path.with_suffix(".txt").write_text("\n".join(labels) + "\n")
+
+
+def train_lora(args: argparse.Namespace, name: str, **changes) -> tuple[dict, object]:
+    """A run with the settings of the course; seconds of training and the probe's last difference."""
+    rate = {part: LoraSpec(rank=args.rank, learning_rate=args.rate) for part in PARTS[args.parts]}
+    config = preset("tiny").config(name, lora=rate, overwrite=True, **changes)
+    config = config.replace(output_dir=str(args.out / "runs" / name))
+    began = time.perf_counter()
+    for step in (training := train(config)):
+        if step.step % 50 == 0:
+            print(f"{name} {step.step} {step.loss:.4f} {time.perf_counter() - began:.0f} s")
+    facts = {
+        "steps": config.max_train_steps,
+        "seconds": time.perf_counter() - began,
+        "weights": training.parameters,
+    }
+    return facts, training
+
+
+def measure_lora(args: argparse.Namespace) -> dict:
+    name, tiny = f"{args.style}-{args.parts}", preset("tiny")
+    facts, training = train_lora(args, name, train_data_dir=str(ROOT / "data" / args.style))
+    rows = training.held_out.rows
+    prompts, things = [r.caption for r in rows], [r.extra["concept"] for r in rows]
+    pipeline = load_pipeline(str(args.base), adapter=training.folder)
+    true = [training.held_out.image(row.index) for row in rows]
+    trained = [training.pictures.image(i) for i in range(len(training.pictures))]
+    pages = []
+    for group, scale in (("before", 0.0), ("after", 1.0)):
+        pictures = generate(pipeline, prompts, list(range(len(rows))), scale=scale, **tiny.sampling)
+        facts[group] = scores(pictures, things, [args.style] * len(rows))
+        pages.append(pictures)
+    facts["true"] = scores(true, things, [args.style] * len(rows))
+    for group, pictures in (("after", pages[1]), ("true", true)):
+        nearest = [metrics.nearest_picture(picture, trained).distance for picture in pictures]
+        facts[f"nearest_trained_{group}"] = min(nearest)
+    mixed = [p for i in range(0, 60, 8) for p in (pages[0][i], pages[1][i], true[i])]
+    sheet(
+        mixed,
+        [f"{prompts[i]}: base, LoRA, true" for i in range(0, 60, 8)],
+        args.out / f"{name}.png",
+        6,
+    )
+    return {f"lora-{name}": facts}
+
+
+def measure_subject(args: argparse.Namespace) -> dict:
+    """Without prior preservation: how like the cat the pictures become, and what that costs."""
+    tiny, judge, seeds = preset("tiny"), load_judge(), list(range(4))
+    facts, training = train_lora(
+        args, "cat", train_data_dir=str(ROOT / "data" / "cat"), max_train_steps=args.steps
+    )
+    pipeline = load_pipeline(str(args.base), adapter=training.folder)
+    subject = [training.pictures.image(i) for i in range(len(training.pictures))]
+    prompts = {
+        "subject": [text for text in NEW_SITUATIONS for _ in seeds],
+        "siblings": [f"{name}, noto style" for name in SIBLINGS for _ in seeds],
+    }
+    drawn = {
+        (what, when): generate(
+            pipeline, texts, seeds * (len(texts) // len(seeds)), scale=scale, **tiny.sampling
+        )
+        for what, texts in prompts.items()
+        for when, scale in (("before", 0.0), ("after", 1.0))
+    }
+    names = [name for name in SIBLINGS for _ in seeds]
+    for when in ("before", "after"):
+        facts[f"subject_{when}"] = metrics.subject_score(
+            drawn["subject", when], subject, judge
+        )._asdict()
+        facts[f"siblings_top5_{when}"] = metrics.concept_score(
+            drawn["siblings", when], names, judge
+        )._asdict()
+    facts["subject_itself"] = metrics.subject_score(subject, subject, judge)._asdict()
+    facts["siblings_drift"] = metrics.drift(
+        drawn["siblings", "before"], drawn["siblings", "after"], judge
+    )._asdict()
+    sheet(
+        drawn["subject", "before"] + drawn["subject", "after"],
+        prompts["subject"] * 2,
+        args.out / "cat.png",
+        len(prompts["subject"]),
+    )
+    return {"subject": facts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("base", "guidance", "lora", "subject"))
+    parser.add_argument("--base", type=Path, default=ROOT / "data" / "base")
+    parser.add_argument("--style", choices=tuple(NEW_STYLES), default="ink")
+    parser.add_argument("--parts", choices=tuple(PARTS), default="unet")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rate", type=float, help="learning rate; empty means the preset's")
+    parser.add_argument("--steps", type=int, default=100, help="of the subject's run")
+    parser.add_argument("--out", type=Path, default=WORK / "measured", help="pictures and runs")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    measures = {
+        "base": measure_base,
+        "guidance": measure_guidance,
+        "lora": measure_lora,
+        "subject": measure_subject,
+    }
+    found = measures[args.what](args)
+    store = args.base / "measured.json"
+    figures = json.loads(store.read_text()) if store.exists() else {}
+    store.write_text(json.dumps(figures | found, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

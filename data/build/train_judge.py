@@ -1,0 +1,259 @@
+"""Train the judge: a small dual encoder that names the style and the thing of a picture.
+
+It learns from all styles, the new ones too, because it must tell them apart. Never shown to it, and
+what its accuracy is measured on: the validation drawings of the style sets, and a tenth of all other
+drawings by a hash of style and name. Half of the pictures it learns from have gone through the
+autoencoder, so that it does not take the blur of a decoder for a style.
+
+    python data/build/train_judge.py --epochs 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from base_model import build_tokenizer
+from diffusers import AutoencoderKL
+from drawings import NEW_STYLES, STYLES, concepts, good_concepts, held_out, load_style, share
+from fetch import ROOT, WORK
+from make_sets import split_concepts
+from pretrain_vae import restyle, to_model
+from safetensors.torch import load_file, save_file
+from state import Average, count, generator, log
+
+from lora_nb.judge import Judge
+
+CARD = Path(__file__).with_name("judge.md")
+
+
+def never_shown(style: str, concept: str, validation: set[str]) -> bool:
+    """Whether a drawing is kept for measuring the judge."""
+    if style in NEW_STYLES and concept in validation:
+        return True
+    return share(f"{style}/{concept}", "judge") < 0.1
+
+
+def drawings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All drawings of the good concepts: pictures (uint8 N 3 128 128), style, concept, never shown."""
+    wanted = {key: i for i, key in enumerate(judged_concepts())}
+    validation = {c.slug for c in split_concepts()[1]}
+    pictures, styles, names, kept = [], [], [], []
+    for number, style in enumerate(STYLES):
+        keys, array = load_style(style)
+        rows = [i for i, key in enumerate(keys) if key in wanted]
+        pictures.append(np.asarray(array[rows]))
+        styles += [number] * len(rows)
+        names += [wanted[keys[i]] for i in rows]
+        kept += [never_shown(style, keys[i], validation) for i in rows]
+    stack = torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2).contiguous()
+    return stack, torch.tensor(styles), torch.tensor(names), torch.tensor(kept)
+
+
+def judged_concepts() -> list[str]:
+    """The names that pictures are ranked among: all good concepts but those held out everywhere."""
+    return [key for key in good_concepts() if not held_out(key)]
+
+
+@torch.no_grad()
+def through_the_decoder(pictures: torch.Tensor, vae_folder: Path, cache: Path) -> torch.Tensor:
+    """The same pictures encoded and decoded again, computed once."""
+    if not cache.exists():
+        vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+        parts = []
+        for part in pictures.split(16):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = vae.decode(vae.encode(to_model(part)).latent_dist.mean).sample
+            parts.append(((y.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        save_file({"pictures": torch.cat(parts)}, cache)
+    return load_file(cache)["pictures"]
+
+
+def vary(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Shift, scale, stretch, shear a little, blur some, change brightness and colour a little."""
+    n = len(x)
+
+    def draw(low: float, high: float) -> torch.Tensor:
+        return torch.rand(n, generator=g) * (high - low) + low
+
+    scale, stretch, angle = draw(0.9, 1.15), draw(0.96, 1.04), draw(-0.08, 0.08)
+    affine = torch.stack(
+        [
+            torch.stack(
+                [scale * stretch * angle.cos(), -scale * angle.sin(), draw(-0.06, 0.06)], 1
+            ),
+            torch.stack([scale * angle.sin(), scale / stretch * angle.cos(), draw(-0.06, 0.06)], 1),
+        ],
+        1,
+    )
+    # White is 0 while the picture moves, so that what comes in from outside is white.
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    x = F.grid_sample(x - 1, grid, align_corners=False) + 1
+    x = torch.where((draw(0, 1) < 0.3)[:, None, None, None], x.flip(-1), x)
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    x = torch.lerp(x, soft, (draw(0, 4) - 3).clamp(min=0)[:, None, None, None])
+    gain = 1 + 0.01 * torch.randn(n, 3, 1, 1, generator=g)
+    x = (
+        (x - 1) * gain
+        + 1
+        + 0.015 * torch.randn(x.shape, generator=g) * draw(0, 1)[:, None, None, None]
+    )
+    return x.clamp(-1, 1)
+
+
+def restyle_some(x: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Recolour or redraw a fifth of the pictures; and which of them are still in their style."""
+    other = restyle(x, g)
+    untouched = (other == x).flatten(1).all(1)
+    kept = untouched | (torch.rand(len(x), generator=g) < 0.6)
+    return torch.where(kept[:, None, None, None], x, other), kept
+
+
+@torch.no_grad()
+def measure(judge: Judge, pictures: torch.Tensor, style: torch.Tensor, name: torch.Tensor) -> dict:
+    """Accuracy of style and of concept (first, and among the first five) on some drawings."""
+    judge.eval()
+    features = torch.cat([judge.picture(to_model(part)) for part in pictures.split(64)])
+    found = judge.logits(features, judge.styles, "style").argmax(1) == style
+    logits = judge.logits(features, judge.names, "concept")
+    rank = (logits > logits.gather(1, name[:, None])).sum(1) + 1
+    return {
+        "pictures": len(pictures),
+        "style_accuracy": found.float().mean().item(),
+        "concept_top1": (rank == 1).float().mean().item(),
+        "concept_top5": (rank <= 5).float().mean().item(),
+    }
+
+
+def floats(judge: Judge) -> dict[str, torch.Tensor]:
+    """Weights and running statistics: both are averaged."""
+    return {k: v for k, v in judge.state_dict().items() if v.is_floating_point()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, default=ROOT / "data" / "base" / "vae")
+    parser.add_argument("--out", type=Path, default=WORK / "judge")
+    parser.add_argument("--to", type=Path, default=ROOT / "data" / "judge")
+    parser.add_argument("--init", type=Path, help="go on from the judge in this folder")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--peak", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pictures, style, name, kept = drawings()
+    decoded = through_the_decoder(pictures, args.vae, args.out / "decoded.safetensors")
+    book = concepts()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer().backend_tokenizer
+    tokenizer.no_padding()
+    names = [book[key].name for key in judged_concepts()]
+    judge = Judge(tokenizer, tuple(STYLES), names, {})
+    if args.init:
+        judge.load_state_dict(load_file(args.init / "judge.safetensors"))
+        judge.float()
+    judge.to(device)
+    average = Average(floats(judge))
+    averaged = Judge(tokenizer, tuple(STYLES), names, {})
+    shown, held = (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
+    log(args.out, event="start", parameters=count(judge.parameters()), shown=len(shown))
+    optimizer = torch.optim.AdamW(
+        judge.parameters(), lr=args.peak, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    per_epoch = len(shown) // args.batch
+    total, losses = args.epochs * per_epoch, []
+    for step in range(total):
+        g = generator(args.seed, step)
+        if step % per_epoch == 0:
+            order = shown[torch.randperm(len(shown), generator=generator(args.seed, -1, step))]
+        place = step % per_epoch * args.batch
+        index = order[place : place + args.batch]
+        source = torch.rand(len(index), generator=g)[:, None, None, None] < 0.5
+        x = vary(to_model(torch.where(source, pictures[index], decoded[index])), g)
+        # A thing stays the thing in other colours and as an outline, but its style is gone then.
+        x, kept_style = restyle_some(x, g)
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / 100)
+            group["lr"] = args.peak * warm * 0.5 * (1 + math.cos(math.pi * step / total))
+        judge.train()
+        with torch.autocast(device, torch.bfloat16):
+            features = judge.picture(x.to(device)).float()
+        of_style = judge.logits(features, judge.styles, "style")
+        of_name = judge.logits(features, judge.names, "concept")
+        true_style, true_name = style[index].to(device), name[index].to(device)
+        style_loss = F.cross_entropy(of_style[kept_style], true_style[kept_style])
+        loss = F.cross_entropy(of_name, true_name, label_smoothing=0.05) + 2 * style_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(floats(judge), step)
+        losses.append((loss.item(), style_loss.item()))
+        if (step + 1) % (2 * per_epoch) == 0:
+            total_loss, of_styles = np.mean(losses, axis=0)
+            record = {"step": step + 1, "loss": total_loss, "style_loss": of_styles}
+            averaged.load_state_dict(judge.state_dict() | average.shadow)
+            log(args.out, **record, **measure(averaged, pictures[held], style[held], name[held]))
+            losses.clear()
+    sources = {"drawings": pictures, "decoded": decoded}
+    averaged.load_state_dict(judge.state_dict() | average.shadow)
+    write(averaged, args.to, sources, style, name, kept, args.epochs)
+
+
+def write(
+    judge: Judge,
+    folder: Path,
+    sources: dict[str, torch.Tensor],
+    style: torch.Tensor,
+    name: torch.Tensor,
+    kept: torch.Tensor,
+    epochs: int,
+) -> None:
+    """Export in float16, then measure what was exported: the drawings, and they decoded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
+    save_file(weights, folder / "judge.safetensors")
+    (folder / "judge.safetensors").chmod(0o644)
+    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    validation = {c.slug for c in split_concepts()[1]}
+    in_validation = torch.tensor([key in validation for key in judged_concepts()])[name]
+    card: dict = {source: {} for source in sources}
+    for number, word in [(None, "all"), *enumerate(judge.styles)]:
+        chosen = kept if number is None else kept & (style == number)
+        if word in NEW_STYLES:
+            chosen = chosen & in_validation
+        for source, data in sources.items():
+            card[source][word] = measure(judge, data[chosen], style[chosen], name[chosen])
+    record = {"styles": judge.styles, "names": judge.names, "held_out": card}
+    (folder / "judge.json").write_text(json.dumps(record, indent=1) + "\n")
+    judge.tokenizer.save(str(folder / "tokenizer.json"))
+    rows = []
+    for word, plain in card["drawings"].items():
+        decoded = card["decoded"][word]
+        shares = (plain["style_accuracy"], plain["concept_top1"], plain["concept_top5"])
+        shares += (decoded["style_accuracy"], decoded["concept_top5"])
+        cells = " | ".join(f"{100 * value:.1f} %" for value in shares)
+        rows.append(f"| {word} | {plain['pictures']} | {cells} |")
+    text = CARD.read_text().format(
+        parameters=f"{count(judge.parameters()) / 1e6:.1f} M",
+        size=f"{(folder / 'judge.safetensors').stat().st_size / 1e6:.1f} MB",
+        styles=len(judge.styles),
+        names=len(judge.names),
+        table="\n".join(rows),
+        epochs=epochs,
+        shown=int((~kept).sum()),
+    )
+    (folder / "README.md").write_text(text)
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
