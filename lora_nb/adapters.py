@@ -19,6 +19,7 @@ from lora_nb.errors import ConfigError
 from lora_nb.families import Family
 
 ADAPTER = "default"
+MAIN = "unet"  # what a config may call the network of any family
 
 
 def peft_config(spec: LoraSpec, targets: tuple[str, ...]) -> LoraConfig:
@@ -45,6 +46,23 @@ def check(family: Family, lora: dict[str, LoraSpec]) -> None:
                     f"target_modules of {part} names {target!r}, which no linear or convolution layer there ends with; "
                     f"look at lora_nb.adapters.adaptable(family.trainable[{part!r}])."
                 )
+
+
+def named(family: Family, lora: dict[str, LoraSpec]) -> dict[str, LoraSpec]:
+    """The specs by the family's own part names: the config's `unet` is its network, whatever the family calls it.
+
+    So one config, one flag and one preset serve all families. Raises ConfigError if that network is named twice.
+    """
+    main = next(iter(family.targets))
+    specs = {
+        main if part == MAIN and MAIN not in family.targets else part: spec
+        for part, spec in lora.items()
+    }
+    if len(specs) < len(lora):
+        raise ConfigError(
+            f"lora names both {MAIN!r} and {main!r}, which are one network in the family {family.name!r}; keep one."
+        )
+    return specs
 
 
 def add(family: Family, lora: dict[str, LoraSpec], seed: int = 0) -> None:

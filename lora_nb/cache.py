@@ -14,6 +14,8 @@ from lora_nb.families import Batch, Family
 
 Encoded = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # mean, std, picture states
 
+CLASS_POSITIONS = 1 << 40  # class pictures count from here; no run has so many samples
+
 
 class Cache:
     """Makes the batch at any global sample positions, remembering what does not change.
@@ -40,6 +42,10 @@ class Cache:
         """The batch of these sample positions, a pure function of (seed, positions)."""
         rows = [data.row_at(p, len(self.pictures), self.seed) for p in positions]
         return self.rows(rows, positions)
+
+    def class_batch(self, positions: list[int]) -> Batch:
+        """The same for class pictures: other positions, so that they draw other noise than the instances do."""
+        return self.batch([CLASS_POSITIONS + p for p in positions])
 
     def rows(self, rows: list[int], positions: list[int]) -> Batch:
         """The batch of named pictures; the positions name their random draws."""
@@ -89,6 +95,27 @@ class Cache:
             states = self.family.text_states([caption])
             self._states[caption] = {name: value.cpu() for name, value in states.items()}
         return self._states[caption]
+
+
+def with_prior(instance: Batch, prior: Batch, weight: float) -> Batch:
+    """Instance and class pictures as one batch whose loss is mean(instance) + weight * mean(class).
+
+    Ruiz et al. 2023, equation 2. Both halves have the same number of pictures.
+    """
+    n = len(instance)
+    return Batch(
+        positions=instance.positions + prior.positions,
+        seed=instance.seed,
+        captions=instance.captions + prior.captions,
+        moments=tuple(map(torch.cat, zip(instance.moments, prior.moments, strict=True))),
+        picture_states=_together((instance.picture_states, prior.picture_states)),
+        geometry=torch.cat((instance.geometry, prior.geometry)),
+        text_states=_together((instance.text_states, prior.text_states))
+        if instance.text_states is not None
+        else None,
+        # The mean over 2 n pictures halves both.
+        weights=torch.tensor([2.0] * n + [2.0 * weight] * n),
+    )
 
 
 def _together(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -177,7 +177,10 @@ def _train(args: argparse.Namespace) -> int:
             "" if {"train_data_dir", "dataset_name"} & set(given) else " and its pictures data/ink"
         )
         _say(f"No base model is named, so the embedded one{pictures} is used (preset tiny).")
-    training = train(flags.from_flags(args, base))
+    settings = flags.from_flags(args, base)
+    if settings.with_prior_preservation:
+        _class_pictures(settings)
+    training = train(settings)
     _say(
         f"{training.parameters:,} weights, {len(training.pictures)} pictures, run in {training.folder}"
     )
@@ -196,6 +199,17 @@ def _train(args: argparse.Namespace) -> int:
         write_card(training.folder)
         _say(f"Adapter, samples and {write_report(training.folder).name} are in {training.folder}.")
     return 0
+
+
+def _class_pictures(settings: config.TrainConfig) -> None:
+    """The first process draws the class pictures that are missing, the others wait for it."""
+    from accelerate import PartialState
+
+    from lora_nb.inference import make_class_pictures
+
+    with PartialState().main_process_first():
+        if made := make_class_pictures(settings):
+            _say(f"Drew {len(made)} pictures of {settings.class_prompt!r} into {made[0].parent}.")
 
 
 def _embedded() -> dict[str, Any]:

@@ -32,7 +32,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """The LoRA of one trainable part (the UNet, a text encoder).
+    """The LoRA of one trainable part (the UNet or whatever network a family has, a text encoder).
 
     Hu et al. 2021, section 4.1: the adapted layer computes W x + (alpha / rank) B A x.
     """
@@ -90,6 +90,9 @@ class DataSpec:
     caption_dropout: float = _setting(
         0.0, "chance that a caption is replaced by the empty one (0 to 1)"
     )
+    instance_prompt: str | None = _setting(
+        None, "one caption for all pictures, in place of their own (DreamBooth)"
+    )
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,23 @@ class TrainConfig:
     pretrained_vae_model_name_or_path: str | None = _setting(
         None, "another autoencoder for the same latents: a diffusers folder or a Hub name"
     )
+    pretrained_prior_model_name_or_path: str | None = _setting(
+        None,
+        "first stage of a two-stage model whose second one trains; empty means the published one",
+    )
+    pretrained_decoder_model_name_or_path: str | None = _setting(
+        None,
+        "second stage of a two-stage model whose first one trains; empty means the published one",
+    )
+    image_encoder_file: str | None = _setting(
+        None, "safetensors file of the picture encoder, for a base model that comes without it"
+    )
     family: str = _setting("auto", "model family; auto reads it from the model's own index")
     revision: str | None = _setting(None, "revision of the Hub model")
     variant: str | None = _setting(None, "weight variant of the Hub model, such as fp16")
     lora: dict[str, LoraSpec] = field(
         default_factory=lambda: {"unet": LoraSpec()},
-        metadata={"help": "one LoRA for each trained part"},
+        metadata={"help": "one LoRA for each trained part; unet is the network of any family"},
     )
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "the pictures"})
     output_dir: str = _setting("sd-model-finetuned-lora", "folder of the run")
@@ -154,6 +168,19 @@ class TrainConfig:
     prediction_type: str | None = _setting(
         None, "epsilon, v_prediction or sample; empty means the model's own"
     )
+    with_prior_preservation: bool = _setting(
+        False, "train on pictures of the class too, so that it is not forgotten (DreamBooth)"
+    )
+    class_data_dir: str | None = _setting(None, "folder of the class pictures")
+    class_prompt: str | None = _setting(
+        None, "caption of the class pictures, such as a photo of a dog"
+    )
+    num_class_images: int = _setting(
+        100, "class pictures wanted; the base model draws what is missing"
+    )
+    sample_batch_size: int = _setting(4, "class pictures drawn at a time")
+    prior_loss_weight: float = _setting(1.0, "weight of the loss on the class pictures")
+
     snr_gamma: float | None = _setting(None, "Min-SNR weighting; 5.0 is the paper's value")
     noise_offset: float = _setting(
         0.0, "standard deviation of a constant added to each noise channel"
@@ -238,6 +265,10 @@ class TrainConfig:
             raise ConfigError(
                 "No part gets a LoRA; name at least one in lora, such as {'unet': LoraSpec(rank=4)}."
             )
+        if self.with_prior_preservation:
+            for name in ("class_data_dir", "class_prompt"):
+                if not getattr(self, name):
+                    raise ConfigError(f"with_prior_preservation needs {name}; set it.")
         for part, spec in self.lora.items():
             _at_least(f"rank of {part}", spec.rank, 1)
             _at_least(f"lora_alpha of {part}", spec.lora_alpha, 0, strict=True)
@@ -272,6 +303,9 @@ _LOWEST = {
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 1,
+    "num_class_images": 1,
+    "sample_batch_size": 1,
+    "prior_loss_weight": 0,
     "max_train_steps": 1,
     "learning_rate": 0,
     "lr_warmup_steps": 0,

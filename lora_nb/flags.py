@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 import types
 import typing
 from typing import Any
@@ -20,7 +21,52 @@ _LORA_FLAGS = {
     "text_encoder_target_modules": ("text_encoder", "target_modules"),
     "text_encoder_lr": ("text_encoder", "learning_rate"),
 }
-_ALIASES = {"validation_prompts": ["--validation_prompt"]}
+_ALIASES = {
+    "validation_prompts": ["--validation_prompt"],
+    "train_data_dir": ["--instance_data_dir"],  # the DreamBooth scripts' name
+}
+# Flags of the reference scripts that change nothing of what is learned here: they are taken, and answered.
+_ANSWERED = {
+    "cache_dir": (str, "downloads go where HF_HOME says; set that variable instead"),
+    "local_rank": (int, "the launcher tells each process its rank"),
+    "enable_xformers_memory_efficient_attention": (bool, "PyTorch's own fused attention is used"),
+    "enable_npu_flash_attention": (bool, "PyTorch's own fused attention is used"),
+    "debug_loss": (bool, "history.jsonl always has the loss of each picture"),
+    "pre_compute_text_embeddings": (
+        bool,
+        "captions are always encoded once, unless their encoder trains",
+    ),
+    "prior_generation_precision": (
+        str,
+        "class pictures are drawn in the precision that suits the device",
+    ),
+    "push_to_hub": (
+        bool,
+        "nothing is uploaded from here yet; the folder with its card is ready for `hf upload`",
+    ),
+    "hub_model_id": (str, "nothing is uploaded from here yet; give the name to `hf upload`"),
+    "hub_token": (str, "nothing is uploaded from here yet; log in with `hf auth login`"),
+}
+# Flags that would change what is learned, and cannot be followed.
+_REFUSED = {
+    "tokenizer_name": (str, "the model's own tokenizer is used; leave it out"),
+    "tokenizer_max_length": (
+        int,
+        "captions have the length that the model's own tokenizer says; leave it out",
+    ),
+    "text_encoder_use_attention_mask": (
+        bool,
+        "no family here masks captions that its pipeline does not mask",
+    ),
+    "class_labels_conditioning": (str, "it is for DeepFloyd IF, which is no family here"),
+    "validation_images": (str, "it is for DeepFloyd IF's second stage, which is no family here"),
+    "do_edm_style_training": (bool, "there is no EDM objective here; leave it out"),
+    "use_dora": (bool, "adapters are plain LoRA here; leave it out"),
+    "repeats": (int, "pictures are drawn in endless epochs; say how long by max_train_steps"),
+    "optimizer": (str, "the optimizer is AdamW, with use_8bit_adam in 8 bits"),
+    "adam_weight_decay_text_encoder": (float, "all parts share adam_weight_decay"),
+    "output_kohya_format": (bool, "files are written in the diffusers form only so far"),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +84,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     lora.add_argument(
         "--train_text_encoder", action="store_true", help="give the text encoder a LoRA too"
     )
-    lora.add_argument("--no_unet", action="store_true", help="leave the UNet without LoRA")
+    lora.add_argument(
+        "--no_unet",
+        action="store_true",
+        help="leave the UNet (or the model's network) without LoRA",
+    )
     for title, cls in (("data", DataSpec), ("training", TrainConfig)):
         group, hints = parser.add_argument_group(title), typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if f.name not in ("lora", "data"):
                 _add_flag(group, f.name, hints[f.name], f, "")
+    others = parser.add_argument_group(
+        "flags of the reference scripts", "Taken and answered, or refused, in one sentence."
+    )
+    for name, (kind, answer) in (_ANSWERED | _REFUSED).items():
+        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": answer}
+        how |= {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "VALUE"}
+        others.add_argument(f"--{name}", **how)
 
 
 def _add_flag(group: Any, flag: str, hint: Any, f: dataclasses.Field, note: str) -> None:
@@ -77,6 +134,11 @@ def _optional(hint: Any) -> bool:
 def from_flags(namespace: argparse.Namespace, base: dict[str, Any] | None = None) -> TrainConfig:
     """The config of parsed flags over a --config file over `base` (a plain dictionary)."""
     given = dict(vars(namespace))
+    for name in [name for name in given if name in _REFUSED]:
+        raise ConfigError(f"--{name} cannot be followed: {_REFUSED[name][1]}.")
+    for name in [name for name in given if name in _ANSWERED]:
+        given.pop(name)
+        print(f"--{name} does nothing here: {_ANSWERED[name][1]}.", file=sys.stderr)
     values = dict(base or {})
     if path := given.pop("config", None):
         try:

@@ -45,16 +45,21 @@ def save_adapter(family: Family, folder: str | Path, extra: dict[str, str] | Non
     """
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, object] = {}
+    header = {"format": "pt"}
     for part, weights in adapters.state(family).items():
-        for key, value in convert_state_dict_to_diffusers(weights).items():
+        kept = getattr(family, "peft_keys", False)
+        prefix = f"{part}."
+        if getattr(family, "bare_keys", False):  # one part, whose model loads the file by itself
+            prefix, header["part"] = "", part
+        for key, value in (weights if kept else convert_state_dict_to_diffusers(weights)).items():
             if not torch.isfinite(value).all():
                 raise NumericsError(
-                    f"{part}.{key} is not finite, so the adapter was not written; go back to the last checkpoint."
+                    f"{prefix}{key} is not finite, so the adapter was not written; go back to the last checkpoint."
                 )
-            tensors[f"{part}.{key}"] = value.contiguous()
+            tensors[f"{prefix}{key}"] = value.contiguous()
         settings = family.trainable[part].peft_config[adapters.ADAPTER].to_dict()
-        described |= {f"{part}.{name}": _plain(value) for name, value in settings.items()}
-    header = {"format": "pt", ADAPTER_METADATA: json.dumps(described, indent=2, sort_keys=True)}
+        described |= {f"{prefix}{name}": _plain(value) for name, value in settings.items()}
+    header[ADAPTER_METADATA] = json.dumps(described, indent=2, sort_keys=True)
     return write_atomically(
         Path(folder) / FILE_NAME, save(tensors, metadata=header | (extra or {}))
     )
@@ -132,6 +137,7 @@ def inspect(file: str | Path) -> FileReport:
     metadata, keys = read_header(file)
     path = Path(file) / FILE_NAME if Path(file).is_dir() else Path(file)
     described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+    bare = metadata.get("part", "model") if "lora_alpha" in described else None
     layers: dict[tuple[str, str], tuple[int, float | None]] = {}
     problems, formats, sizes, dtypes = [], set(), {}, set()
     with safe_open(path, framework="pt") as opened:
@@ -143,11 +149,12 @@ def inspect(file: str | Path) -> FileReport:
         for name, endings in ENDINGS.items():
             for ending in endings:
                 if key.endswith(ending):
-                    part, layer = _split(key.removesuffix(ending), name)
+                    stem = key.removesuffix(ending)
+                    part, layer = (bare, stem) if bare else _split(stem, name)
                     formats.add(name.split(" ")[0])
                     sizes[part] = sizes.get(part, 0) + value.numel()
                     if ending == endings[0]:
-                        alpha = _alpha(tensors, described, part, key.removesuffix(ending))
+                        alpha = _alpha(tensors, described, "" if bare else f"{part}.", stem)
                         layers[part, layer] = (value.shape[0], alpha)
     if not layers:
         raise FormatError(f"{file} holds no LoRA weights (no key ends like {ENDINGS['peft'][0]}).")
@@ -186,11 +193,13 @@ def _split(stem: str, form: str) -> tuple[str, str]:
     return part, layer
 
 
-def _alpha(tensors: dict[str, torch.Tensor], described: dict, part: str, stem: str) -> float | None:
+def _alpha(
+    tensors: dict[str, torch.Tensor], described: dict, prefix: str, stem: str
+) -> float | None:
     if stem + ".alpha" in tensors:
         return float(tensors[stem + ".alpha"])
-    alpha = described.get(f"{part}.lora_alpha")
-    for pattern, value in described.get(f"{part}.alpha_pattern", {}).items():
+    alpha = described.get(f"{prefix}lora_alpha")
+    for pattern, value in described.get(f"{prefix}alpha_pattern", {}).items():
         if stem.endswith(pattern):
             alpha = value
     return alpha

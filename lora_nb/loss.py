@@ -25,7 +25,7 @@ def diffusion_loss(family: Family, batch: Batch, noise_offset: float = 0.0) -> L
     the same loss. noise_offset adds one constant per picture and channel to the noise.
     """
     objective, draw = family.objective, (batch.seed, batch.positions)
-    x0 = family.latents(batch)  # (B, C, h, w)
+    x0 = family.latents(batch)  # (B, C, h, w), or (B, D) for an embedding
     condition = family.condition(batch)
     noise = _named_noise(x0, *draw, noise_offset)
     t = objective.sample_t(rng.uniform(draw[0], "timesteps", draw[1]))  # (B,)
@@ -33,12 +33,16 @@ def diffusion_loss(family: Family, batch: Batch, noise_offset: float = 0.0) -> L
     prediction = family.predict(x_t, t, condition)
     target = objective.target(x0, noise, t)
     per_image = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
-    return Loss((per_image * objective.weight(t).to(per_image.device)).mean(), per_image, t)
+    weight = objective.weight(t).to(per_image.device)
+    if batch.weights is not None:
+        weight = weight * batch.weights.to(per_image.device)
+    return Loss((per_image * weight).mean(), per_image, t)
 
 
 def _named_noise(x0: torch.Tensor, seed: int, positions: list[int], offset: float) -> torch.Tensor:
     """Standard normal noise like x0, plus the offset's constants."""
     noise = rng.normal(x0.shape[1:], seed, "noise", positions)
     if offset:
-        noise = noise + offset * rng.normal((x0.shape[1], 1, 1), seed, "noise offset", positions)
+        shape = (x0.shape[1], *[1] * (x0.ndim - 2))
+        noise = noise + offset * rng.normal(shape, seed, "noise offset", positions)
     return noise.to(x0)

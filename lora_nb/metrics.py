@@ -1,6 +1,6 @@
-"""Measured numbers of pictures (colourfulness, distance) and of series (difference, smoothing).
+"""Measured numbers of pictures (colourfulness, distance, what a judge sees) and of series (difference, smoothing).
 
-No model is called here. Pictures are PIL images, series are sequences of floats.
+Pictures are PIL images, series are sequences of floats. The only model here is the judge that is handed in.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lora_nb.errors import DataError
+from lora_nb.judge import Judge
 
 
 class Difference(NamedTuple):
@@ -18,6 +19,18 @@ class Difference(NamedTuple):
 
     mean: float
     standard_error: float
+
+
+class Score(NamedTuple):
+    """A mean over `count` pictures with the 95 % interval that so few pictures leave open."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f}, {self.count} pictures)"
 
 
 class Nearest(NamedTuple):
@@ -55,6 +68,68 @@ def nearest_picture(image: Image.Image, pictures: Sequence[Image.Image], size: i
     distances = [_distance(thumbnail, _thumbnail(other, size)) for other in pictures]
     index = int(np.argmin(distances))
     return Nearest(index, distances[index])
+
+
+def style_score(images: Sequence[Image.Image], style: str, judge: Judge) -> Score:
+    """The share of pictures, 0 to 1, that the judge takes for `style` and not for any other style.
+
+    Raises DataError for a style that the judge was not taught. Put judge.card beside the score: it says how
+    often the judge is right about real drawings.
+    """
+    if style not in judge.styles:
+        known = ", ".join(judge.styles)
+        raise DataError(f"style_score: the judge does not know the style {style!r}, only {known}")
+    found = judge.style_probabilities(images).argmax(axis=1) == judge.styles.index(style)
+    return share(found)
+
+
+def concept_score(
+    images: Sequence[Image.Image], concepts: Sequence[str], judge: Judge, top: int = 5
+) -> Score:
+    """The share of pictures, 0 to 1, whose right name is among the judge's first `top` of all its names.
+
+    concepts: the right name of each picture. Raises DataError for a name that the judge was not taught.
+    """
+    return share(judge.concept_ranks(images, concepts) <= top)
+
+
+def subject_score(
+    images: Sequence[Image.Image], subject: Sequence[Image.Image], judge: Judge
+) -> Score:
+    """How much the pictures look like those of one subject: mean cosine similarity, -1 to 1.
+
+    As CLIP-I of DreamBooth (Ruiz et al. 2023, section 4.2), with the judge's features in place of CLIP's.
+    The score of the subject's own pictures against each other is the most that can be hoped for.
+    """
+    similarity = judge.features(images) @ judge.features(subject).T
+    return _score(similarity.mean(axis=1))
+
+
+def drift(before: Sequence[Image.Image], after: Sequence[Image.Image], judge: Judge) -> Score:
+    """How far training has moved what it should have left alone: mean cosine distance of pairs, 0 to 2.
+
+    Picture i of both lists has the same prompt and seed, for example siblings of a DreamBooth subject.
+    """
+    if len(before) != len(after):
+        raise DataError(
+            f"drift: {len(before)} pictures before but {len(after)} after; they are compared in pairs"
+        )
+    similarity = (judge.features(before) * judge.features(after)).sum(axis=1)
+    return _score(1 - similarity)
+
+
+def share(found: Sequence[bool]) -> Score:
+    """How often something was true, with Wilson's 95 % interval, which is right near 0 and 1 too.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference (1927).
+    """
+    n, z = len(found), 1.959964
+    if n == 0:
+        raise DataError("share: needs at least one observation")
+    p = float(np.mean(found))
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Score(p, max(0.0, centre - reach), min(1.0, centre + reach), n)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -95,6 +170,11 @@ def smooth(values: Sequence[float], beta: float = 0.95) -> list[float]:
         average = beta * average + (1 - beta) * float(value)
         smoothed.append(average / (1 - beta**count))
     return smoothed
+
+
+def _score(values: np.ndarray) -> Score:
+    low, high = bootstrap_interval(values)
+    return Score(float(values.mean()), low, high, len(values))
 
 
 def _thumbnail(image: Image.Image, size: int) -> np.ndarray:

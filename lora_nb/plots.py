@@ -232,6 +232,25 @@ def probe_by_timestep(by_timestep: Sequence[tuple[float, float, float]], bins: i
     return figure
 
 
+def score_curves(x: Sequence[float], scores: Mapping[str, Sequence], label: str) -> Figure:
+    """Shares between 0 and 1 over something that was varied, such as the scale, with their intervals.
+
+    `scores` maps a curve's name to a metrics.Score for each x; the band is the 95 % interval.
+    """
+    figure = Plot(5.2, 2.7)
+    axes = _tidy(
+        figure.box(0.7, 0.55, 4.3, 1.75), "What the judge sees", label, "share of pictures"
+    )
+    for (name, curve), colour in zip(scores.items(), (ADAPTER, SECOND), strict=False):
+        low, mean, high = zip(*((s.low, s.mean, s.high) for s in curve), strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(x, mean, color=colour, marker="o", markersize=3.5, label=name)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xticks(list(x))
+    _legend(axes)
+    return figure
+
+
 def parameter_bars(counts: Iterable, title: str = "Trainable parameters by block") -> Figure:
     """Adapter parameters per block of the network, stacked by the layers' own names (to_q, to_k).
 

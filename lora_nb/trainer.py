@@ -21,8 +21,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 
-from lora_nb import adapters, checkpoint, data, env, formats, optimization, rng, run_folder
-from lora_nb.cache import Cache
+from lora_nb import (
+    adapters,
+    checkpoint,
+    class_pictures,
+    data,
+    env,
+    formats,
+    optimization,
+    rng,
+    run_folder,
+)
+from lora_nb.cache import CLASS_POSITIONS, Cache, with_prior
 from lora_nb.config import TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, NumericsError
 from lora_nb.families import Batch, load_family
@@ -73,6 +83,9 @@ class Training:
         self.pictures = data.load(config.data, "train")
         held_out = data.has_split(config.data, "validation")
         self.held_out = data.load(config.data, "validation") if held_out else None
+        self.class_pictures = (
+            class_pictures.load(config) if config.with_prior_preservation else None
+        )
         self.config, resume = self._agreed(config)
         self.folder = Path(config.output_dir)
         self.family = load_family(
@@ -85,9 +98,13 @@ class Training:
             revision=config.revision,
             variant=config.variant,
             vae=config.pretrained_vae_model_name_or_path,
+            prior=config.pretrained_prior_model_name_or_path,
+            decoder=config.pretrained_decoder_model_name_or_path,
+            image_encoder_file=config.image_encoder_file,
         )
         _check_resolution(config.data.resolution, self.family)
-        adapters.add(self.family, config.lora, seed=self.config.seed)
+        self.lora = adapters.named(self.family, config.lora)
+        adapters.add(self.family, self.lora, seed=self.config.seed)
         if config.gradient_checkpointing:
             self.family.enable_gradient_checkpointing()
         self.weights = adapters.parameters(self.family)
@@ -96,13 +113,17 @@ class Training:
             config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
         )
         self.factor = optimization.learning_rate_factors(config, self.max_train_steps)
-        self.peaks = optimization.peak_learning_rates(config, self.weights, self.samples_per_step)
+        self.peaks = optimization.peak_learning_rates(
+            config.replace(lora=self.lora), self.weights, self.samples_per_step
+        )
         self.optimizer = self.accelerator.prepare(
             optimization.make_optimizer(
                 config, self.weights, self.peaks, self.accelerator.device.type
             )
         )
-        self.cache = self._cache()
+        self.cache = self._cache(self.pictures)
+        if self.class_pictures is not None:
+            self.class_cache = self._cache(self.class_pictures)
         self.start_step, self.interrupted = 0, False
         self.stopped_by: int | None = None  # number of the signal that asked to stop
         self.probe: Probe | None = None
@@ -154,16 +175,30 @@ class Training:
         )
 
     @property
+    def fingerprint(self) -> str:
+        """Of all pictures and captions that are trained on."""
+        sets = (self.pictures, self.class_pictures)
+        return "+".join(pictures.fingerprint for pictures in sets if pictures is not None)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which every picture is seen about once."""
         return math.ceil(len(self.pictures) / self.samples_per_step)
 
-    def _cache(self) -> Cache:
+    def _cache(self, pictures: data.Pictures) -> Cache:
         config = self.config
         captions = not any(part.startswith("text_encoder") for part in self.weights)
         return Cache(
-            self.family, self.pictures, config.data, config.seed, config.cache_latents, captions
+            self.family, pictures, pictures.spec, config.seed, config.cache_latents, captions
         )
+
+    def _batch(self, positions: list[int]) -> Batch:
+        """The pictures of a micro-step; with prior preservation as many class pictures follow."""
+        batch = self.cache.batch(positions)
+        if self.class_pictures is None:
+            return batch
+        prior = self.class_cache.class_batch(positions)
+        return with_prior(batch, prior, self.config.prior_loss_weight)
 
     def _open_folder(self, resume: checkpoint.Checkpoint | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +214,7 @@ class Training:
             family=self.family.name,
             device=str(self.accelerator.device),
             dtype=str(self.family.dtype).removeprefix("torch."),
-            fingerprint=self.pictures.fingerprint,
+            fingerprint=self.fingerprint,
         )
         if self.config.report_to:
             self.accelerator.init_trackers("lora_nb", config={"settings": self.config.to_json()})
@@ -208,7 +243,7 @@ class Training:
         results: list[Loss] = []
         with _training_mode(self.family, self.weights):
             for micro in range(config.gradient_accumulation_steps):
-                batch = self.cache.batch(self._positions(done, micro))
+                batch = self._batch(self._positions(done, micro))
                 with self._named_dropout(batch):
                     result = diffusion_loss(self.family, batch, config.noise_offset)
                 self._refuse_non_finite(result, batch, done)
@@ -234,7 +269,8 @@ class Training:
     @contextmanager
     def _named_dropout(self, batch: Batch) -> Iterator[None]:
         """Dropout draws from torch's global stream; inside, that stream is named by the batch like all randomness."""
-        if not any(spec.lora_dropout for spec in self.config.lora.values()):
+        modules = (m for part in self.weights for m in self.family.trainable[part].modules())
+        if not any(isinstance(m, torch.nn.Dropout) and m.p for m in modules):
             yield
             return
         with torch.random.fork_rng():
@@ -246,7 +282,8 @@ class Training:
     def _refuse_non_finite(self, result: Loss, batch: Batch, done: int) -> None:
         if torch.isfinite(result.loss):
             return
-        rows = {data.row_at(p, len(self.pictures), self.config.seed) for p in batch.positions}
+        instances = [p for p in batch.positions if p < CLASS_POSITIONS]
+        rows = {data.row_at(p, len(self.pictures), self.config.seed) for p in instances}
         names = ", ".join(self.pictures.rows[r].name for r in sorted(rows))
         raise NumericsError(
             f"The loss of step {done + 1} is {result.loss.item()} (pictures: {names}; learning rates "
@@ -394,7 +431,7 @@ class Training:
                 "run": self.run_id,
                 "best": self.best,
                 "scaler": scaler,
-                "fingerprint": self.pictures.fingerprint,
+                "fingerprint": self.fingerprint,
                 "config": self.config.to_dict(),
             }
             checkpoint.save_checkpoint(self.folder, done, tensors, meta)
@@ -410,7 +447,7 @@ class Training:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if (
-            saved.meta["fingerprint"] != self.pictures.fingerprint
+            saved.meta["fingerprint"] != self.fingerprint
             and "data" not in self.config.resume_override
         ):
             raise CheckpointError(

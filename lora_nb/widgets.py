@@ -45,6 +45,8 @@ class ConfigPanel:
     """
 
     def __init__(self, config: TrainConfig, family: Family | None = None):
+        if family:
+            config = replace(config, lora=adapters.named(family, config.lora))
         self._config, self._family, self._line, self._following = config, family, None, False
         self._part = next(iter(config.lora))
         parts = tuple(family.trainable) if family else ("text_encoder",)

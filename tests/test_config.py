@@ -130,3 +130,41 @@ def test_replace_reaches_into_the_data():
     assert (config.data.resolution, config.max_train_steps) == (128, 3)
     with pytest.raises(ConfigError, match="resolution"):
         config.replace(resolutions=1)
+
+
+REFERENCE_FLAGS = """
+allow_tf32 cache_dir caption_column center_crop checkpointing_steps checkpoints_total_limit class_data_dir
+class_labels_conditioning class_prompt dataloader_num_workers dataset_config_name dataset_name debug_loss
+do_edm_style_training enable_npu_flash_attention enable_xformers_memory_efficient_attention
+gradient_accumulation_steps gradient_checkpointing hub_model_id hub_token image_column image_interpolation_mode
+instance_data_dir instance_prompt learning_rate local_rank logging_dir lora_dropout lr_num_cycles lr_power
+lr_scheduler lr_warmup_steps max_grad_norm max_train_samples max_train_steps mixed_precision noise_offset
+num_class_images num_train_epochs num_validation_images optimizer output_dir output_kohya_format
+pre_compute_text_embeddings prediction_type pretrained_model_name_or_path pretrained_vae_model_name_or_path
+prior_generation_precision prior_loss_weight push_to_hub random_flip rank repeats report_to resolution
+resume_from_checkpoint revision sample_batch_size scale_lr seed snr_gamma text_encoder_lr
+text_encoder_use_attention_mask tokenizer_max_length tokenizer_name train_batch_size train_data_dir
+train_text_encoder use_8bit_adam use_dora validation_epochs validation_images validation_prompt variant
+with_prior_preservation adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder
+""".split()
+
+
+def test_every_flag_of_the_reference_scripts_is_known():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    known = {
+        option.removeprefix("--") for action in parser._actions for option in action.option_strings
+    }
+    assert set(REFERENCE_FLAGS) <= known
+
+
+def test_flags_that_do_nothing_say_so_and_flags_that_cannot_be_followed_are_refused(capsys):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    plain = from_flags(parser.parse_args(["--train_data_dir", "x"]))
+    answered = ["--instance_data_dir", "x", "--push_to_hub", "--local_rank", "-1"]
+    assert from_flags(parser.parse_args(answered)) == plain
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in said] == ["--push_to_hub", "--local_rank"]
+    with pytest.raises(ConfigError, match="--use_dora cannot be followed: adapters are plain LoRA"):
+        from_flags(parser.parse_args(["--use_dora"]))

@@ -12,8 +12,8 @@ FLOORS = (
     ("errors", "files", "show", "config", "flags", "rng", "env"),
     ("objectives", "data", "families"),
     ("adapters", "cache", "loss", "formats", "optimization"),
-    ("checkpoint", "run_folder", "probe", "optimization", "trainer", "inference"),
-    ("metrics", "plots", "report"),
+    ("class_pictures", "checkpoint", "run_folder", "probe", "optimization", "trainer", "inference"),
+    ("judge", "metrics", "plots", "report"),
     ("widgets", "checks", "cli", "__main__"),
 )
 RANK = {

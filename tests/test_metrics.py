@@ -13,6 +13,7 @@ from lora_nb.metrics import (
     nearest_picture,
     paired_difference,
     picture_distance,
+    share,
     smooth,
 )
 
@@ -86,3 +87,18 @@ def test_smooth_keeps_constants_and_equals_the_weighted_mean():
     weights = 0.8 ** np.arange(6, -1, -1)
     assert smooth(values, 0.8)[-1] == pytest.approx((weights * values).sum() / weights.sum())
     assert smooth([]) == []
+
+
+def test_share_is_wilsons_interval():
+    # Wilson 1927 for 8 of 10: solutions of (p - 0.8)^2 = z^2 p (1 - p) / 10
+    z = statistics.NormalDist().inv_cdf(0.975)
+    low, high = sorted(np.roots([1 + z * z / 10, -(1.6 + z * z / 10), 0.64]))
+    assert share([True] * 8 + [False] * 2) == pytest.approx((0.8, low, high, 10))
+
+
+def test_share_of_all_or_none_still_leaves_doubt():
+    assert share([1] * 20) == pytest.approx((1, 20 / (20 + 1.959964**2), 1, 20))
+    assert share([0] * 20)[:2] == (0, 0)
+    assert share([0] * 20).high > 0.1
+    with pytest.raises(DataError, match="at least one"):
+        share([])

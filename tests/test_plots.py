@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from lora_nb import adapters, plots
+from lora_nb import adapters, metrics, plots
 from lora_nb.families import load_family, tiny
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
@@ -60,6 +60,9 @@ FIGURES = {
     "loss_curve": lambda: plots.loss_curve([0.3, 0.2, 0.1]),
     "learning_rate_curve": lambda: plots.learning_rate_curve({"unet": [0, 1e-4], "other": [0, 0]}),
     "loss_by_timestep": lambda: plots.loss_by_timestep([10, 500, 900], [0.5, 0.2, 0.1]),
+    "score_curves": lambda: plots.score_curves(
+        [0, 1], {"style": [metrics.share([0, 0, 1]), metrics.share([1, 1, 1])]}, "scale"
+    ),
     "probe_by_timestep": lambda: plots.probe_by_timestep([(10, 0.4, 0.5), (10, 0.3, 0.2)]),
     "singular_values": lambda: plots.singular_values({"BA": [3.0, 1.0, 1e-12]}, rank=2),
     "strength_bars": lambda: plots.strength_bars([("unet", "down_blocks.0.to_q", 0.1, 2.0)]),
@@ -186,6 +189,15 @@ def test_probe_by_timestep_shows_the_change_against_the_base():
     upper, lower = plots.probe_by_timestep(draws, bins=2).axes
     assert [bar.get_height() for bar in lower.patches] == pytest.approx([-10, 20])
     assert lines_of(upper, "base model").get_ydata() == pytest.approx([1, 1])
+
+
+def test_score_curves_draw_the_means_and_the_intervals():
+    curve = [metrics.share([0, 0, 1, 1]), metrics.share([1, 1, 1, 1])]
+    axes = plots.score_curves([0, 1], {"style": curve}, "scale").axes[0]
+    assert lines_of(axes, "style").get_ydata() == pytest.approx([0.5, 1.0])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(curve[0].low)
+    assert band[:, 1].max() == pytest.approx(1.0)
 
 
 def test_parameter_bars_add_up_to_the_forecast(family):

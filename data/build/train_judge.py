@@ -1,6 +1,7 @@
 """Train the judge: a small dual encoder that names the style and the thing of a picture.
 
-It learns from all styles, the new ones too, because it must tell them apart. Never shown to it, and
+It learns from all styles, the new ones too, because it must tell them apart. Concepts that the course
+does not use (people, most of them) are shown too, without their names: they teach styles. Never shown to it, and
 what its accuracy is measured on: the validation drawings of the style sets, and a tenth of all other
 drawings by a hash of style and name. Half of the pictures it learns from have gone through the
 autoencoder, so that it does not take the blur of a decoder for a style.
@@ -20,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from base_model import build_tokenizer
 from diffusers import AutoencoderKL
-from drawings import NEW_STYLES, STYLES, concepts, good_concepts, held_out, load_style, share
+from drawings import (
+    DROPPED_GROUPS,
+    NEW_STYLES,
+    STYLES,
+    concepts,
+    good_concepts,
+    held_out,
+    load_style,
+    share,
+)
 from fetch import ROOT, WORK
 from make_sets import split_concepts
 from pretrain_vae import restyle, to_model
@@ -40,8 +50,24 @@ def never_shown(style: str, concept: str, validation: set[str]) -> bool:
 
 
 def drawings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All drawings of the good concepts: pictures (uint8 N 3 128 128), style, concept, never shown."""
+    """Pictures (uint8 N 3 128 128), style, concept, never shown; the good concepts come first.
+
+    Drawings of other concepts have the concept -1: they teach styles only.
+    """
     wanted = {key: i for i, key in enumerate(judged_concepts())}
+    others = {
+        key
+        for key, concept in concepts().items()
+        if concept.group not in DROPPED_GROUPS and key not in wanted and not held_out(key)
+    }
+    named, unnamed = chosen_drawings(wanted), chosen_drawings(dict.fromkeys(others, -1))
+    return tuple(torch.cat(pair) for pair in zip(named, unnamed, strict=True))
+
+
+def chosen_drawings(
+    wanted: dict[str, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The drawings of some concepts in all styles."""
     validation = {c.slug for c in split_concepts()[1]}
     pictures, styles, names, kept = [], [], [], []
     for number, style in enumerate(STYLES):
@@ -50,7 +76,7 @@ def drawings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         pictures.append(np.asarray(array[rows]))
         styles += [number] * len(rows)
         names += [wanted[keys[i]] for i in rows]
-        kept += [never_shown(style, keys[i], validation) for i in rows]
+        kept += [wanted[keys[i]] >= 0 and never_shown(style, keys[i], validation) for i in rows]
     stack = torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2).contiguous()
     return stack, torch.tensor(styles), torch.tensor(names), torch.tensor(kept)
 
@@ -107,10 +133,20 @@ def vary(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
 
 
 def restyle_some(x: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Recolour or redraw a fifth of the pictures; and which of them are still in their style."""
-    other = restyle(x, g)
-    untouched = (other == x).flatten(1).all(1)
-    kept = untouched | (torch.rand(len(x), generator=g) < 0.6)
+    """Redraw two fifths of the pictures in no style; and which of them are still in their own.
+
+    A thing stays the thing in other colours, as an outline, and as a black shape with white lines. The
+    first judge never saw that, took colour for the thing, and named 2 % of the ink drawings.
+    """
+    n = len(x)
+    kind = torch.rand(n, generator=g)[:, None, None, None]
+    shape = (1 - x.amin(1, keepdim=True)).mul(4).clamp(0, 1)
+    across = F.pad((x[..., 1:] - x[..., :-1]).abs().amax(1, keepdim=True), (1, 0))
+    down = F.pad((x[..., 1:, :] - x[..., :-1, :]).abs().amax(1, keepdim=True), (0, 0, 1, 0))
+    edge = F.max_pool2d((across + down).mul(3).clamp(0, 1), 3, stride=1, padding=1)
+    cut = (1 - 2 * shape * (1 - edge)).expand_as(x)
+    other = torch.where(kind < 0.2, cut, restyle(x, g))
+    kept = kind[:, 0, 0, 0] >= 0.4
     return torch.where(kept[:, None, None, None], x, other), kept
 
 
@@ -150,7 +186,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     pictures, style, name, kept = drawings()
-    decoded = through_the_decoder(pictures, args.vae, args.out / "decoded.safetensors")
+    good = int((name >= 0).sum())
+    decoded = through_the_decoder(pictures[:good], args.vae, args.out / "decoded.safetensors")
     book = concepts()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
@@ -177,8 +214,10 @@ def main() -> None:
             order = shown[torch.randperm(len(shown), generator=generator(args.seed, -1, step))]
         place = step % per_epoch * args.batch
         index = order[place : place + args.batch]
-        source = torch.rand(len(index), generator=g)[:, None, None, None] < 0.5
-        x = vary(to_model(torch.where(source, pictures[index], decoded[index])), g)
+        blurred = (torch.rand(len(index), generator=g) < 0.5) & (name[index] >= 0)
+        x = pictures[index]
+        x[blurred] = decoded[index[blurred]]
+        x = vary(to_model(x), g)
         # A thing stays the thing in other colours and as an outline, but its style is gone then.
         x, kept_style = restyle_some(x, g)
         for group in optimizer.param_groups:
@@ -191,7 +230,8 @@ def main() -> None:
         of_name = judge.logits(features, judge.names, "concept")
         true_style, true_name = style[index].to(device), name[index].to(device)
         style_loss = F.cross_entropy(of_style[kept_style], true_style[kept_style])
-        loss = F.cross_entropy(of_name, true_name, label_smoothing=0.05) + 2 * style_loss
+        loss = 2 * style_loss
+        loss = loss + F.cross_entropy(of_name, true_name, label_smoothing=0.05, ignore_index=-1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -203,9 +243,9 @@ def main() -> None:
             averaged.load_state_dict(judge.state_dict() | average.shadow)
             log(args.out, **record, **measure(averaged, pictures[held], style[held], name[held]))
             losses.clear()
-    sources = {"drawings": pictures, "decoded": decoded}
     averaged.load_state_dict(judge.state_dict() | average.shadow)
-    write(averaged, args.to, sources, style, name, kept, args.epochs)
+    sources = {"drawings": pictures[:good], "decoded": decoded}
+    write(averaged, args.to, sources, style[:good], name[:good], kept[:good], total * args.batch)
 
 
 def write(
@@ -215,7 +255,7 @@ def write(
     style: torch.Tensor,
     name: torch.Tensor,
     kept: torch.Tensor,
-    epochs: int,
+    seen: int,
 ) -> None:
     """Export in float16, then measure what was exported: the drawings, and they decoded."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +288,7 @@ def write(
         styles=len(judge.styles),
         names=len(judge.names),
         table="\n".join(rows),
-        epochs=epochs,
+        seen=f"{seen:,}",
         shown=int((~kept).sum()),
     )
     (folder / "README.md").write_text(text)

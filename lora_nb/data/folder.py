@@ -62,6 +62,8 @@ def read_folder(root: Path, spec: DataSpec, problems: Problems) -> list[Found]:
     if not pictures and not any(Path(name).suffix.lower() in SUFFIXES for name in refused):
         _report_nothing(root, files, problems)
         return []
+    if spec.instance_prompt is not None:
+        return _with_one_caption(files, pictures, lists, spec.instance_prompt, problems)
     if not lists:
         return _from_sidecars(root, files, pictures, problems)
     rows, named = _from_metadata(files, refused, lists, spec, problems)
@@ -191,6 +193,15 @@ def _report_leftovers(
     if unread:
         what = f"there are .txt files beside {len(unread)} of the pictures too"
         problems.note("metadata", what, "the captions of the metadata file are used")
+
+
+def _with_one_caption(
+    files: dict[str, Path], pictures: list[str], lists: list[str], caption: str, problems: Problems
+) -> list[Found]:
+    if lists or any(name.lower().endswith(".txt") for name in files):
+        what = f"the pictures have captions of their own; instance_prompt {caption!r} is used"
+        problems.note("captions", what, "leave out instance_prompt to train on theirs")
+    return [Found(name, name, (caption,), FileSource(files[name])) for name in pictures]
 
 
 def _from_sidecars(

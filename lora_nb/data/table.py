@@ -37,9 +37,12 @@ def read_table(spec: DataSpec, split: str, problems: Problems) -> list[Found]:
         problems.error(name, f"has no split {split!r}, only {', '.join(splits)}", fix)
         return []
     table = splits[split]
+    wanted = [("image_column", spec.image_column)]
+    if spec.instance_prompt is None:
+        wanted.append(("caption_column", spec.caption_column))
     have = [
-        check_column(name, "image_column", spec.image_column, table.column_names, problems),
-        check_column(name, "caption_column", spec.caption_column, table.column_names, problems),
+        check_column(name, setting, column, table.column_names, problems)
+        for setting, column in wanted
     ]
     if not all(have):
         return []
@@ -60,7 +63,8 @@ def _rows(table: datasets.Dataset, spec: DataSpec, problems: Problems) -> list[F
     rows, only = [], table.select_columns([spec.image_column])
     for number, values in enumerate(table.remove_columns(images)):
         where = f"row {number}"
-        captions = captions_of(values.pop(spec.caption_column), where, problems)
+        own = values.pop(spec.caption_column, None)
+        captions = captions_of(spec.instance_prompt or own, where, problems)
         if captions:
             source = TableSource(only, spec.image_column, number, home)
             rows.append(Found(where, where, captions, source, values))

@@ -1,15 +1,35 @@
 """The model families by name, and how to tell which one a base model is."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from lora_nb.errors import ModelError
+from lora_nb.errors import ConfigError, ModelError
 from lora_nb.families.base import Batch, Family
+from lora_nb.families.flux import Flux
+from lora_nb.families.kandinsky_decoder import KandinskyDecoder
+from lora_nb.families.kandinsky_prior import KandinskyPrior
 from lora_nb.families.sd import StableDiffusion
+from lora_nb.families.sd3 import StableDiffusion3
 from lora_nb.families.sdxl import StableDiffusionXL
+from lora_nb.families.wuerstchen import Wuerstchen
 
-REGISTRY: dict[str, type] = {family.name: family for family in (StableDiffusion, StableDiffusionXL)}
+REGISTRY: dict[str, type] = {
+    family.name: family
+    for family in (
+        StableDiffusion,
+        StableDiffusionXL,
+        StableDiffusion3,
+        Flux,
+        KandinskyDecoder,
+        KandinskyPrior,
+        Wuerstchen,
+    )
+}
+
+# Settings of a run that only some families know.
+NOT_FOR_ALL = ("vae", "prior", "decoder", "image_encoder_file", "prediction_type")
 
 __all__ = ["REGISTRY", "Batch", "Family", "guess", "load_family"]
 
@@ -62,12 +82,21 @@ def _index(model: str, revision: str | None) -> Path:
         ) from error
 
 
+def _options(family: type) -> set[str]:
+    """The names that the `load` of a family and of its ancestors takes."""
+    loads = [vars(cls)["load"].__func__ for cls in family.__mro__ if "load" in vars(cls)]
+    return {name for load in loads for name in inspect.signature(load).parameters}
+
+
 def load_family(name: str, model: str, **options: Any) -> Family:
     """Load a base model as a family; name "auto" reads the family from the model's index.
 
-    options: dtype, device, prediction_type, snr_gamma, revision, variant.
-    Raises ModelError if the name is unknown or the folder is no complete model of that family.
+    options: dtype, device, prediction_type, snr_gamma, revision, variant, and what the family's `load` names besides;
+    None is the family's default.
+    Raises ModelError if the name is unknown or the folder is no complete model of that family, ConfigError for an
+    option that the family has no use for.
     """
+    options = {key: value for key, value in options.items() if value is not None}
     if name == "auto":
         name = guess(model, options.get("revision"))
     if name not in REGISTRY:
@@ -76,6 +105,11 @@ def load_family(name: str, model: str, **options: Any) -> Family:
         )
     if guess(model, options.get("revision")) != name:
         raise ModelError(f"{model} is not of the family {name!r}; leave family at auto.")
+    taken = _options(REGISTRY[name])
+    if useless := [key for key in NOT_FOR_ALL if key in options and key not in taken]:
+        raise ConfigError(
+            f"The family {name!r} has no use for {', '.join(useless)}; leave that setting empty."
+        )
     try:
         return REGISTRY[name].load(model, **options)
     except (OSError, ValueError, KeyError) as error:

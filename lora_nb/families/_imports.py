@@ -30,6 +30,29 @@ def quiet() -> Iterator[None]:
 
 
 with quiet():
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import (
+        FluxPipeline,
+        KandinskyV22CombinedPipeline,
+        KandinskyV22Pipeline,
+        KandinskyV22PriorPipeline,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        WuerstchenCombinedPipeline,
+        WuerstchenDecoderPipeline,
+        WuerstchenPriorPipeline,
+    )
 
-__all__ = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "quiet"]
+__all__ = [
+    "FluxPipeline",
+    "KandinskyV22CombinedPipeline",
+    "KandinskyV22Pipeline",
+    "KandinskyV22PriorPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "WuerstchenCombinedPipeline",
+    "WuerstchenDecoderPipeline",
+    "WuerstchenPriorPipeline",
+    "quiet",
+]

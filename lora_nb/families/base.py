@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from lora_nb import rng
-from lora_nb.objectives import Diffusion
+from lora_nb.objectives import CosineDiffusion, Diffusion, FlowMatching
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Batch:
     picture_states: what else the family wants to know of each picture, (B, ...) by name.
     geometry: (B, 6), original height and width, top and left of the crop, height and width of the square.
     text_states: what the text encoders say, (B, ...) by name; None where one of them trains.
+    weights: (B,) factors on the pictures' losses, None for all alike.
     """
 
     positions: list[int]
@@ -32,6 +33,7 @@ class Batch:
     picture_states: dict[str, torch.Tensor]
     geometry: torch.Tensor
     text_states: dict[str, torch.Tensor] | None = None
+    weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -54,12 +56,14 @@ class Family(Protocol):
     """One kind of model, loaded and frozen.
 
     trainable: the modules that may carry LoRA, by the name used in configs and files.
-    targets: the default LoRA target modules of each.
+    targets: the default LoRA target modules of each; the first part is the network that predicts.
     resolution: the side of the pictures it was trained on. pixel_multiple: what a side must be divisible by.
+    tokenizer: of its text encoder; None for a network that sees no text.
+    peft_keys, where there and true: files keep peft's names of A and B. bare_keys, likewise: they do not name the part.
     """
 
     name: str
-    objective: Diffusion
+    objective: Diffusion | CosineDiffusion | FlowMatching
     trainable: dict[str, torch.nn.Module]
     targets: dict[str, tuple[str, ...]]
     tokenizer: Any
@@ -99,8 +103,8 @@ class Family(Protocol):
         """Called every micro-step. In: noisy latents and timesteps (B,). Out: prediction, same shape as x_t."""
         ...
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Called by figures only. In: x0. Out: pixels (B, 3, H, W) in [-1, 1]."""
+    def decode(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Called by figures only. In: x0. Out: pixels (B, 3, H, W) in [-1, 1], or None where x0 is no picture."""
         ...
 
     def pipeline(self) -> Any:

@@ -77,20 +77,23 @@ class StableDiffusion:
 
         Pictures are encoded one by one, so that a picture's latents do not depend on its neighbours in the batch.
         """
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         means, stds = [], []
         for picture in pixels:
             posterior = self.vae.encode(picture[None].to(self.device, torch.float32)).latent_dist
-            means.append(posterior.mean.cpu() * self.vae.config.scaling_factor)
-            stds.append(posterior.std.cpu() * self.vae.config.scaling_factor)
+            means.append((posterior.mean.cpu() - shift) * scale)
+            stds.append(posterior.std.cpu() * scale)
         return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
 
-    def token_ids(self, captions: list[str], tokenizer: Any = None) -> torch.Tensor:
-        """Token numbers (B, model_max_length), padded and cut as the pipeline does it."""
+    def token_ids(
+        self, captions: list[str], tokenizer: Any = None, length: int | None = None
+    ) -> torch.Tensor:
+        """Token numbers (B, length or model_max_length), padded and cut as the pipeline does it."""
         tokenizer = tokenizer or self.tokenizer
         return tokenizer(
             captions,
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=length or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.device)
@@ -121,9 +124,8 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] of scaled latents."""
-        return self.vae.decode(
-            latents.to(self.device) / self.vae.config.scaling_factor
-        ).sample.clamp(-1, 1)
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        return self.vae.decode(latents.to(self.device) / scale + shift).sample.clamp(-1, 1)
 
     def parts(self) -> dict[str, Any]:
         """The modules and tokenizers that the pipeline is made of."""
@@ -138,8 +140,8 @@ class StableDiffusion:
         return pipeline
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade time for memory in the UNet and, where they train, in the text encoders."""
-        self.unet.enable_gradient_checkpointing()
+        """Trade time for memory in the network, the first part, and in the text encoders."""
+        self.trainable[next(iter(self.targets))].enable_gradient_checkpointing()
         for _, encoder in self.text_parts.values():
             # Its name from transformers 5.2x on, and the one before.
             enable = getattr(encoder, "activation_checkpointing_enable", None)

@@ -12,6 +12,7 @@ from lora_nb.inference.attach import (
     set_scale,
     use_adapter,
 )
+from lora_nb.inference.class_drawing import make_class_pictures
 from lora_nb.inference.drawing import generate, scale_sweep
 from lora_nb.inference.watching import samples, with_samples
 
@@ -20,6 +21,7 @@ __all__ = [
     "fused",
     "generate",
     "load_pipeline",
+    "make_class_pictures",
     "remove_adapter",
     "samples",
     "scale_sweep",

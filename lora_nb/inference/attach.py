@@ -24,14 +24,16 @@ def load_pipeline(
     scale: float = 1.0,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    **stages: str,
 ) -> Any:
     """The diffusers pipeline of a folder or Hub model (safetensors only), with an adapter if one is given.
 
-    adapter: a LoRA file, or a folder with pytorch_lora_weights.safetensors.
+    adapter: a LoRA file, or a folder with pytorch_lora_weights.safetensors. stages: where the other parts of a
+    two-stage model are, `prior`, `decoder` or `image_encoder_file`, if not in their usual places.
     Raises ModelError if there is no such model, FormatError if the adapter does not fit it.
     """
     pipeline = load_family(
-        "auto", str(model), dtype=dtype or torch.float32, device=device
+        "auto", str(model), dtype=dtype or torch.float32, device=device, **stages
     ).pipeline()
     if adapter is not None:
         use_adapter(pipeline, adapter, scale=scale)

@@ -1,6 +1,7 @@
 """Seeded pictures: picture i is a function of (prompt i, seed i) and the settings, not of its neighbours."""
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,8 +59,9 @@ def _pixels(
     """The pictures before they become bytes: (N, H, W, 3) float32 in [0, 1]."""
     pairs = _pairs(prompts, seeds)
     accepted = inspect.signature(pipeline.__call__).parameters
-    if "guidance_rescale" not in accepted:
-        sampling.pop("guidance_rescale")
+    # A pipeline of two stages may have the setting for its first one, and few have all of them.
+    names = {name: name if name in accepted else f"prior_{name}" for name in sampling}
+    sampling = {names[n]: value for n, value in sampling.items() if names[n] in accepted}
     if resolution is not None:
         sampling |= {"height": resolution, "width": resolution}
     pipeline.set_progress_bar_config(disable=True)
@@ -69,12 +71,15 @@ def _pixels(
             chunk = pairs[start : start + batch_size]
             # CPU generators, one per picture: the same noise on every device and in every batch.
             generators = [torch.Generator().manual_seed(seed) for _, seed in chunk]
-            output = pipeline(
-                prompt=[prompt for prompt, _ in chunk],
-                generator=generators,
-                output_type="np",
-                **sampling,
-            )
+            with warnings.catch_warnings():
+                # Combined pipelines hand on an argument of their own that is on its way out.
+                warnings.simplefilter("ignore", FutureWarning)
+                output = pipeline(
+                    prompt=[prompt for prompt, _ in chunk],
+                    generator=generators,
+                    output_type="np",
+                    **sampling,
+                )
             pictures.append(output.images)
     pixels = np.concatenate(pictures)
     if not np.isfinite(pixels).all():
@@ -100,8 +105,8 @@ def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tup
 
 @contextmanager
 def _decoding_in_the_decoder_dtype(pipeline: Any) -> Iterator[None]:
-    """Hand the VAE latents of its own dtype: it stays float32 beside half-precision networks."""
-    vae = getattr(pipeline, "vae", None)
+    """Hand the VAE (or MoVQ) latents of its own dtype: it stays float32 beside half-precision networks."""
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "movq", None)
     if vae is None:
         yield
         return

@@ -3,6 +3,7 @@
 Nothing here changes the pipeline. Putting the tensors there is in `attach`.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_nb import adapters
 from lora_nb.errors import FormatError
-from lora_nb.formats import FILE_NAME, read_header
+from lora_nb.formats import ADAPTER_METADATA, FILE_NAME, read_header
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -36,16 +37,51 @@ Plan = dict[str, tuple[LoraConfig, dict[str, torch.Tensor]]]  # by part, in peft
 def plan(pipeline: Any, file: Path) -> Plan:
     """A place for every tensor of the file; raises FormatError and changes nothing."""
     raw = _finite_keys(file)
+    if not hasattr(pipeline, "lora_state_dict"):
+        return _plan(pipeline, file, raw, *_read_plainly(pipeline, file))
     extra = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     try:
         # By folder and file name: with a full path as first argument the metadata, and alpha, is lost.
-        state, alphas, metadata = pipeline.lora_state_dict(
-            file.parent, weight_name=file.name, return_lora_metadata=True, **extra
+        # Some pipelines hand out a Kohya file's alphas, some only if asked, some never.
+        state, *alphas, metadata = pipeline.lora_state_dict(
+            file.parent,
+            weight_name=file.name,
+            return_lora_metadata=True,
+            return_alphas=True,
+            **extra,
         )
     except (ValueError, KeyError, IndexError) as error:
         raise FormatError(
             f"{file.name} has keys of no known LoRA format ({error}); get the diffusers or Kohya version."
         ) from error
+    return _plan(pipeline, file, raw, state, (alphas and alphas[0]) or {}, metadata or {})
+
+
+def _read_plainly(pipeline: Any, file: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
+    """Tensors, alphas and metadata for a pipeline that has no LoRA loader of its own, but parts that have.
+
+    The keys of such files name no part, or the part as its own pipeline does; here they get the name it has in this
+    one, which for a first stage begins with prior_.
+    """
+    state, metadata = load_file(file), json.loads(read_header(file)[0].get(ADAPTER_METADATA, "{}"))
+    parts = {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+    layer = next(iter(state)).rpartition(".lora_")[0]
+    for part, module in parts.items():
+        for prefix in ("", f"{part}.", f"{part.removeprefix('prior_')}."):
+            if layer.startswith(prefix) and layer.removeprefix(prefix) in adapters.adaptable(
+                module
+            ):
+                return (
+                    {f"{part}.{k.removeprefix(prefix)}": v for k, v in state.items()},
+                    {},
+                    {f"{part}.{k.removeprefix(prefix)}": v for k, v in metadata.items()},
+                )
+    return state, {}, metadata
+
+
+def _plan(
+    pipeline: Any, file: Path, raw: list[str], state: dict, alphas: dict, metadata: dict
+) -> Plan:
     layers, strangers = _layers_of(pipeline, state)
     if strangers or len(state) != len(raw):
         names = strangers or sorted(set(raw) - set(state))
@@ -53,12 +89,12 @@ def plan(pipeline: Any, file: Path) -> Plan:
             f"{file.name} has {len(names)} tensors of {len(raw)} that this model has no place for "
             f"({_first(names)}); it was made for another model or by another tool."
         )
-    given = _alphas_of(pipeline, alphas or {})
+    given = _alphas_of(pipeline, alphas)
     places: Plan = {}
     for part, pairs in layers.items():
         module = getattr(pipeline, part)
         _check_pairs(file, module, part, pairs)
-        settings = _under(part, metadata or {})
+        settings = _under(part, metadata)
         config = (
             _config(file, settings) if settings else _config_from_shapes(pairs, given.get(part, {}))
         )
