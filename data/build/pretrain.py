@@ -50,6 +50,7 @@ from state import (
     named_parameters,
     save_checkpoint,
 )
+from transformers import CLIPTokenizer
 
 PROMPTS = """red apple, noto style; fox, blob style; smiling face with sunglasses, twemoji style;
 rocket, flat style; pizza, classic style; house, noto style; cat face, flat style; red heart;
@@ -184,6 +185,20 @@ def attention_in_float32() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
+def kept_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
+    """The tokenizer that the weights of this run know.
+
+    Merges that are equally frequent come in another order each time they are learned, which gives
+    some tokens other numbers; so they are learned once and kept beside the checkpoint.
+    """
+    kept = args.out / "tokenizer"
+    if not kept.exists():
+        fresh = None if args.init else build_tokenizer()
+        tokenizer = fresh or CLIPTokenizer.from_pretrained(args.init / "tokenizer")
+        tokenizer.save_pretrained(kept)
+    return CLIPTokenizer.from_pretrained(kept)
+
+
 class Pretraining:
     """Data, networks and the loss; batch number k depends on (seed, k) only."""
 
@@ -194,8 +209,9 @@ class Pretraining:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.vae = AutoencoderKL.from_pretrained(args.vae).to(self.device).eval()
         args.out.mkdir(parents=True, exist_ok=True)
-        if self.rank:  # the first process encodes, the others read what it wrote
+        if self.rank:  # the first process writes what is kept, the others read what it wrote
             dist.barrier()
+        self.tokenizer = kept_tokenizer(args)
         known, held = base_concepts(args.concepts), held_concepts()
         cache = args.out / f"latents-{args.concepts}.safetensors"
         self.train = encode_drawings(self.vae, known, cache, self.device)
@@ -205,7 +221,6 @@ class Pretraining:
             dist.barrier()
         self.diffusion = Diffusion(self.device)
         torch.manual_seed(args.seed)
-        self.tokenizer = build_tokenizer()
         if args.init:
             pipe = StableDiffusionPipeline.from_pretrained(args.init)
             self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
@@ -432,7 +447,7 @@ def train(args: argparse.Namespace) -> None:
 def export_base(args: argparse.Namespace) -> None:
     """Write the averaged weights of the last checkpoint as a diffusers pipeline folder."""
     vae = AutoencoderKL.from_pretrained(args.vae)
-    tokenizer = build_tokenizer()
+    tokenizer = kept_tokenizer(args)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     weights = named_parameters({"unet": unet, "text_encoder": text_encoder})
     stored = load_file(args.out / "state.safetensors")

@@ -38,6 +38,18 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @classmethod
+    def of_captions(cls, captions: list[str], resolution: int, seed: int = 0) -> "Batch":
+        """A batch that has a condition but no pictures, for asking the network what it makes of given latents.
+
+        resolution: pixels; the geometry is that of uncropped squares of this side.
+        """
+        side = [resolution, resolution, 0, 0, resolution, resolution]
+        size = len(captions)
+        nothing = torch.empty(size, 0)
+        geometry = torch.tensor([side] * size)
+        return cls(list(range(size)), seed, captions, (nothing, nothing), {}, geometry)
+
 
 def from_moments(batch: Batch) -> torch.Tensor:
     """x0 = mean + std * noise, the noise named by the batch's positions; float32 on the CPU."""
