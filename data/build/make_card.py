@@ -61,19 +61,36 @@ def judged(folder: Path, judge: dict) -> dict:
             f"| {style} | {parts.replace('_', ' ')} | {run['weights']:,} | {run['steps']} steps, "
             f"{run['seconds']:.0f} s | {' | '.join(cells)} |"
         )
-    cat = figures["subject"]
-    number = {k: f"{v['mean']:.2f}" for k, v in cat.items() if isinstance(v, dict)}
     return {
         "base_table": "\n".join(rows),
         "lora_table": "\n".join(loras),
-        "subject": (
-            f"{cat['steps']} steps in {cat['seconds']:.0f} s, subject score "
-            f"{number['subject_before']} to {number['subject_after']} (the cat's own pictures among "
-            f"themselves: {number['subject_itself']}); siblings in the noto style: right name among "
-            f"the first five {number['siblings_top5_before']} to {number['siblings_top5_after']}, "
-            f"drift {number['siblings_drift']}"
+        "guidance_table": guidance(figures["guidance"]),
+        "subject_table": "\n".join(
+            subject(words, figures[name])
+            for words, name in (("alone", "subject"), ("with class pictures", "subject-with-prior"))
         ),
+        "subject_itself": f"{figures['subject']['subject_itself']['mean']:.2f}",
     }
+
+
+def subject(words: str, run: dict) -> str:
+    """A line on one DreamBooth run."""
+
+    def shown(key: str) -> str:
+        return "{mean:.2f} ({low:.2f} to {high:.2f})".format(**run[key])
+
+    likeness = f"{shown('subject_before')} | {shown('subject_after')}"
+    known = f"{percent(run['siblings_top5_before'])} | {percent(run['siblings_top5_after'])}"
+    head = f"| {words} | {run['steps']} steps, {run['seconds']:.0f} s"
+    return f"{head} | {likeness} | {known} | {shown('siblings_drift')} |"
+
+
+def guidance(figures: dict) -> str:
+    """A line for each pair of guidance and rescale."""
+    return "\n".join(
+        f"| {name} | {percent(found['style'])} | {percent(found['concept_top5'])} |"
+        for name, found in figures.items()
+    )
 
 
 def measure(args: argparse.Namespace) -> dict:

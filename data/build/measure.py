@@ -1,8 +1,8 @@
 """Measure base, LoRA and subject with the judge, and keep every figure in data/base/measured.json.
 
 Base: 200 captions that it was trained on, 40 in each style. LoRA: a run as the course does it, then the
-60 validation concepts, which were never shown in the new style. Subject: a DreamBooth-like run on the
-cat, then the cat in new situations and its siblings.
+60 validation concepts, which were never shown in the new style. Subject: DreamBooth on the cat,
+without and with prior preservation, then the cat in new situations and its siblings.
 
     python data/build/measure.py guidance
     python data/build/measure.py base
@@ -25,7 +25,15 @@ from fetch import ROOT, WORK
 from PIL import Image
 from pretrain import base_concepts
 
-from lora_nb import generate, load_judge, load_pipeline, metrics, preset, train
+from lora_nb import (
+    generate,
+    load_judge,
+    load_pipeline,
+    make_class_pictures,
+    metrics,
+    preset,
+    train,
+)
 from lora_nb.config import LoraSpec
 
 PARTS = {"unet": ("unet",), "text_encoder": ("text_encoder",), "both": ("unet", "text_encoder")}
@@ -44,7 +52,7 @@ SIBLINGS = (
     "dog face",
     "fox",
     "tiger face",
-    "lion",
+    "panda",
     "mouse face",
     "rabbit face",
     "bear",
@@ -138,6 +146,8 @@ def train_lora(args: argparse.Namespace, name: str, **changes) -> tuple[dict, ob
     rate = {part: LoraSpec(rank=args.rank, learning_rate=args.rate) for part in PARTS[args.parts]}
     config = preset("tiny").config(name, lora=rate, overwrite=True, **changes)
     config = config.replace(output_dir=str(args.out / "runs" / name))
+    if config.with_prior_preservation:
+        make_class_pictures(config)
     began = time.perf_counter()
     for step in (training := train(config)):
         if step.step % 50 == 0:
@@ -178,16 +188,38 @@ def measure_lora(args: argparse.Namespace) -> dict:
 
 
 def measure_subject(args: argparse.Namespace) -> dict:
-    """Without prior preservation: how like the cat the pictures become, and what that costs."""
+    """DreamBooth on the cat, without and with prior preservation: likeness, and what it costs the class.
+
+    Both runs take the same steps over the same pictures in the same order; the second sees as many
+    pictures of the class beside them, which the base has drawn.
+    """
+    prior = {
+        "with_prior_preservation": True,
+        "class_data_dir": str(args.out / "class"),
+        "class_prompt": "cat face, noto style",
+        "num_class_images": 32,
+    }
+    return {
+        "subject": subject_run(args, "cat-alone"),
+        "subject-with-prior": subject_run(args, "cat-with-prior", **prior),
+    }
+
+
+def subject_run(args: argparse.Namespace, name: str, **changes) -> dict:
     tiny, judge, seeds = preset("tiny"), load_judge(), list(range(4))
     facts, training = train_lora(
-        args, "cat", train_data_dir=str(ROOT / "data" / "cat"), max_train_steps=args.steps
+        args,
+        name,
+        train_data_dir=str(ROOT / "data" / "cat"),
+        max_train_steps=args.steps,
+        train_batch_size=4,
+        **changes,
     )
     pipeline = load_pipeline(str(args.base), adapter=training.folder)
     subject = [training.pictures.image(i) for i in range(len(training.pictures))]
     prompts = {
         "subject": [text for text in NEW_SITUATIONS for _ in seeds],
-        "siblings": [f"{name}, noto style" for name in SIBLINGS for _ in seeds],
+        "siblings": [f"{sibling}, noto style" for sibling in SIBLINGS for _ in seeds],
     }
     drawn = {
         (what, when): generate(
@@ -196,25 +228,22 @@ def measure_subject(args: argparse.Namespace) -> dict:
         for what, texts in prompts.items()
         for when, scale in (("before", 0.0), ("after", 1.0))
     }
-    names = [name for name in SIBLINGS for _ in seeds]
+    names = [sibling for sibling in SIBLINGS for _ in seeds]
     for when in ("before", "after"):
-        facts[f"subject_{when}"] = metrics.subject_score(
-            drawn["subject", when], subject, judge
-        )._asdict()
-        facts[f"siblings_top5_{when}"] = metrics.concept_score(
-            drawn["siblings", when], names, judge
-        )._asdict()
+        likeness = metrics.subject_score(drawn["subject", when], subject, judge)
+        known = metrics.concept_score(drawn["siblings", when], names, judge)
+        facts[f"subject_{when}"], facts[f"siblings_top5_{when}"] = (
+            likeness._asdict(),
+            known._asdict(),
+        )
     facts["subject_itself"] = metrics.subject_score(subject, subject, judge)._asdict()
     facts["siblings_drift"] = metrics.drift(
         drawn["siblings", "before"], drawn["siblings", "after"], judge
     )._asdict()
-    sheet(
-        drawn["subject", "before"] + drawn["subject", "after"],
-        prompts["subject"] * 2,
-        args.out / "cat.png",
-        len(prompts["subject"]),
-    )
-    return {"subject": facts}
+    for what, texts in prompts.items():
+        pictures = drawn[what, "before"] + drawn[what, "after"]
+        sheet(pictures, texts * 2, args.out / f"{name}-{what}.png", len(texts))
+    return facts
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from make_sets import split_concepts
 from pretrain_vae import restyle, to_model
 from safetensors.torch import load_file, save_file
 from state import Average, count, generator, log
+from tokenizers import Tokenizer
 
 from lora_nb.judge import Judge
 
@@ -191,13 +192,20 @@ def main() -> None:
     book = concepts()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer().backend_tokenizer
+    # Learned anew, some tokens would get other numbers, and the weights would not know them.
+    tokenizer = (
+        Tokenizer.from_file(str(args.init / "tokenizer.json"))
+        if args.init
+        else build_tokenizer().backend_tokenizer
+    )
     tokenizer.no_padding()
     names = [book[key].name for key in judged_concepts()]
     judge = Judge(tokenizer, tuple(STYLES), names, {})
+    seen = 0
     if args.init:
         judge.load_state_dict(load_file(args.init / "judge.safetensors"))
         judge.float()
+        seen = json.loads((args.init / "judge.json").read_text())["samples"]
     judge.to(device)
     average = Average(floats(judge))
     averaged = Judge(tokenizer, tuple(STYLES), names, {})
@@ -245,7 +253,8 @@ def main() -> None:
             losses.clear()
     averaged.load_state_dict(judge.state_dict() | average.shadow)
     sources = {"drawings": pictures[:good], "decoded": decoded}
-    write(averaged, args.to, sources, style[:good], name[:good], kept[:good], total * args.batch)
+    seen += total * args.batch
+    write(averaged, args.to, sources, style[:good], name[:good], kept[:good], seen)
 
 
 def write(
@@ -272,7 +281,7 @@ def write(
             chosen = chosen & in_validation
         for source, data in sources.items():
             card[source][word] = measure(judge, data[chosen], style[chosen], name[chosen])
-    record = {"styles": judge.styles, "names": judge.names, "held_out": card}
+    record = {"styles": judge.styles, "names": judge.names, "samples": seen, "held_out": card}
     (folder / "judge.json").write_text(json.dumps(record, indent=1) + "\n")
     judge.tokenizer.save(str(folder / "tokenizer.json"))
     rows = []
