@@ -1,5 +1,6 @@
 # make course   set everything up in .venv and run the course on the embedded base model
 # make test     set up and run all checks
+# make test-long  the long forms of the checks that have one, and their totals
 # make lab      open the notebooks in JupyterLab
 # make clean    remove .venv and caches, not runs/
 
@@ -9,7 +10,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu-lock.txt
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: course test lab clean
+.PHONY: course test test-long lab clean
 
 course: $(READY)
 	$(BIN)/python scripts/course.py
@@ -18,6 +19,10 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Hypothesis draws 200 examples where make test draws 25; a long form prints what it reached.
+test-long: $(READY)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -s -m "long or property"
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

@@ -34,6 +34,7 @@ _PUBLIC = {
     "run_folder": ("read_config", "read_history", "save_config"),
     "trainer": ("train",),
     "inference": (
+        "export",
         "fused",
         "generate",
         "load_pipeline",

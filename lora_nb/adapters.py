@@ -20,6 +20,7 @@ from lora_nb.families import Family
 
 ADAPTER = "default"
 MAIN = "unet"  # what a config may call the network of any family
+TEXT = "text_encoders"  # what it may call all text encoders together that the family can train
 
 
 def peft_config(spec: LoraSpec, targets: tuple[str, ...]) -> LoraConfig:
@@ -49,19 +50,25 @@ def check(family: Family, lora: dict[str, LoraSpec]) -> None:
 
 
 def named(family: Family, lora: dict[str, LoraSpec]) -> dict[str, LoraSpec]:
-    """The specs by the family's own part names: the config's `unet` is its network, whatever the family calls it.
+    """The specs by the family's own part names: `unet` is its network, `text_encoders` are all it can train.
 
-    So one config, one flag and one preset serve all families. Raises ConfigError if that network is named twice.
+    So one config, one flag and one preset serve all families. Raises ConfigError if a part is named twice, or if there
+    are no text encoders to train.
     """
-    main = next(iter(family.targets))
-    specs = {
-        main if part == MAIN and MAIN not in family.targets else part: spec
-        for part, spec in lora.items()
-    }
-    if len(specs) < len(lora):
+    main, *others = family.targets
+    texts = [part for part in others if part.startswith("text_encoder")]
+    if TEXT in lora and not texts:
         raise ConfigError(
-            f"lora names both {MAIN!r} and {main!r}, which are one network in the family {family.name!r}; keep one."
+            f"lora names {TEXT!r}, but the family {family.name!r} has none that can be trained; leave them out."
         )
+    specs: dict[str, LoraSpec] = {}
+    for part, spec in lora.items():
+        for own in {MAIN: [main], TEXT: texts}.get(part, [part]):
+            if own in specs:
+                raise ConfigError(
+                    f"lora names {own!r} twice, by itself and as {MAIN!r} or {TEXT!r}; keep one of them."
+                )
+            specs[own] = spec
     return specs
 
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from peft import LoraConfig, inject_adapter_in_model
 
 from lora_nb import adapters
+from lora_nb.cache import with_prior
 from lora_nb.errors import LoraNbError
-from lora_nb.objectives import Diffusion
+from lora_nb.families import Batch
+from lora_nb.objectives import Diffusion, FlowMatching
 
 
 class WrongAnswer(LoraNbError):
@@ -520,5 +523,164 @@ def _base_scale() -> Task:
         mistakes={
             "at scale 1 the adapter acts as it was trained": 1,
             "a negative scale pushes away from the style": -1,
+        },
+    )
+
+
+# 06 DreamBooth
+
+
+@exercise(
+    "06.1",
+    hint="errors.chunk(2) gives the subject's half and the class's; add their means, one of them weighted",
+    right="equal to what the trainer makes of a joined batch",
+)
+def _dreambooth_loss() -> Task:
+    """dreambooth_loss(errors, weight) -> one number from 2 n errors, first the subject's, then the class's."""
+
+    def by_package(errors: torch.Tensor, weight: float) -> torch.Tensor:
+        half = Batch.of_captions([""] * (len(errors) // 2), resolution=8)
+        return (errors * with_prior(half, half, weight).weights).mean()
+
+    errors = [_random(8, seed=61).square(), _random(2, seed=62).square()]
+    return Task(
+        by_package,
+        cases=[(errors[0], 1.0), (errors[1], 0.3), (errors[0], 0.0)],
+        mistakes={
+            "this is half of it: each half has its own mean": lambda e, w: (
+                (e.chunk(2)[0].mean() + w * e.chunk(2)[1].mean()) / 2
+            ),
+            "the weight belongs to the class, the second half": lambda e, w: (
+                w * e.chunk(2)[0].mean() + e.chunk(2)[1].mean()
+            ),
+            "the weight is missing": lambda e, w: 2 * e.mean(),
+            "take the mean of each half, not the sum": lambda e, w: (
+                e.chunk(2)[0].sum() + w * e.chunk(2)[1].sum()
+            ),
+        },
+    )
+
+
+@exercise(
+    "06.2",
+    hint="divide each row by its length; the cosine similarity of a pair is then the sum of products",
+    right="metrics.drift is the mean of these",
+)
+def _moved() -> Task:
+    """moved(before, after), features (n, width) each -> (n,) cosine distances of the pairs."""
+    before, after = _random(5, 16, seed=63), _random(5, 16, seed=64)
+    return Task(
+        lambda a, b: 1 - F.cosine_similarity(a, b, dim=1),
+        cases=[(before, after), (before, 3 * after), (before + 2, after + 2)],
+        mistakes={
+            "this is the similarity; the distance is 1 minus it": lambda a, b: F.cosine_similarity(
+                a, b, dim=1
+            ),
+            "the rows have not been divided by their lengths": lambda a, b: 1 - (a * b).sum(1),
+            "this compares every picture with every other; pictures come in pairs": lambda a, b: (
+                1 - F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+            ),
+            "this is the length of the difference, which grows with the length of the rows": lambda a, b: (
+                (a - b).norm(dim=1)
+            ),
+        },
+        tolerance=1e-4,
+    )
+
+
+# 09 families
+
+PLACES = ("x0", "condition", "target", "call")
+
+
+@exercise(
+    "09.1",
+    hint="x0 is what gets noise, the condition goes in beside it, the target should come out, the call is the rest",
+    right="every family is four answers",
+)
+def _places() -> Task:
+    """In which of the four places five families differ from Stable Diffusion (a tuple of five words)."""
+    x0, condition, target, call = PLACES
+    return Task(
+        (condition, x0, target, call, condition),
+        mistakes={
+            "the network's packing changes no x0: it is undone on the way out": (
+                condition,
+                x0,
+                target,
+                x0,
+                condition,
+            ),
+            "an embedding that comes from the picture is still a condition: it gets no noise": (
+                condition,
+                x0,
+                target,
+                call,
+                x0,
+            ),
+            "what should come out is the target; how the network is called does not change": (
+                condition,
+                x0,
+                call,
+                call,
+                condition,
+            ),
+        },
+    )
+
+
+@exercise(
+    "09.2",
+    hint="put x_t = (1 - sigma) x0 + sigma noise and v = noise - x0 together and get rid of the noise",
+    right="equal to the package's; at sigma 1 it is one step from pure noise to a picture",
+)
+def _x0_from_velocity() -> Task:
+    """x0_from_velocity(x_t, v, sigma) -> the x0 that a velocity of flow matching implies; sigma is a number."""
+
+    def by_package(x_t: torch.Tensor, velocity: torch.Tensor, sigma: float) -> torch.Tensor:
+        objective = FlowMatching(torch.linspace(1, 0.001, 1000))
+        return objective.x0_from(velocity, x_t, torch.full((len(x_t),), 1000 * sigma))
+
+    pairs = [(_random(2, 4, 3, 3, seed=s), _random(2, 4, 3, 3, seed=s + 1)) for s in (91, 93, 95)]
+    return Task(
+        by_package,
+        cases=[(*pair, sigma) for pair, sigma in zip(pairs, (0.25, 1.0, 0.9), strict=True)],
+        mistakes={
+            "the velocity points from the picture to the noise: go back, so subtract": lambda x, v, s: (
+                x + s * v
+            ),
+            "the way back to the picture is sigma long, not 1 - sigma": lambda x, v, s: (
+                x - (1 - s) * v
+            ),
+            "this goes all the way as if x_t were pure noise": lambda x, v, s: x - v,
+            "the velocity is no noise: x_t has both in it": lambda x, v, s: (x - s * v) / (1 - s),
+        },
+        tolerance=1e-4,
+    )
+
+
+@exercise(
+    "09.3",
+    hint="its time is 1 minus ours, and ours is t / 1000; turn the sign of what comes out",
+    right="that is the whole `predict` of such a family",
+)
+def _other_convention() -> Task:
+    """predict(network, x_t, t): our velocity from a network whose time and direction run the other way.
+
+    The network takes time 0 for noise and 1 for a picture and says x0 - noise; ours is t in (0, 1000], noise - x0.
+    """
+
+    def network(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return x.sin() * (1 + torch.as_tensor(time).view(-1, 1, 1, 1))
+
+    x_t = _random(2, 4, 3, 3, seed=97)
+    return Task(
+        lambda net, x, t: -net(x, 1 - t / 1000),
+        cases=[(network, x_t, torch.tensor(t)) for t in ((250.0, 900.0), (1000.0, 1.0))],
+        mistakes={
+            "the sign is still the network's": lambda net, x, t: net(x, 1 - t / 1000),
+            "the time still runs our way": lambda net, x, t: -net(x, t / 1000),
+            "its time ends at 1, ours at 1000": lambda net, x, t: -net(x, 1000 - t),
+            "time and sign are as we have them": lambda net, x, t: net(x, t / 1000),
         },
     )

@@ -1,4 +1,4 @@
-"""The command line: train, doctor, generate, inspect.
+"""The command line: train, doctor, generate, inspect, export.
 
 Every setting is a field of the config dataclasses; every error of ours is one sentence and exit code 2.
 The notebooks use the functions behind this, not the command line.
@@ -138,7 +138,22 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "inspect", help="say what a LoRA file holds", description=_INSPECT
     )
     inspect.add_argument("file", metavar="FILE", help="a .safetensors file, or a run's folder")
+    inspect.add_argument("--modules", action="store_true", help="also a line for each layer")
     inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser(
+        "export", help="write a LoRA file for other programs, with proof", description=_EXPORT
+    )
+    export.add_argument("file", metavar="FILE", help="a .safetensors file, or a run's folder")
+    export.add_argument(
+        "--format", default="kohya", metavar="TEXT", help="kohya or diffusers [kohya]"
+    )
+    export.add_argument("--output", required=True, metavar="FILE", help="the .safetensors to write")
+    export.add_argument(
+        "--model", metavar="TEXT", help="its base model [what the file or its run says]"
+    )
+    export.add_argument("--dtype", default="fp32", metavar="TEXT", help="fp32, fp16 or bf16 [fp32]")
+    export.set_defaults(run=_export)
     return parser, commands.choices
 
 
@@ -151,6 +166,10 @@ _GENERATE = (
 )
 _INSPECT = (
     "Describe a LoRA file: format, parts, ranks, alphas, metadata, and what is wrong with it."
+)
+_EXPORT = (
+    "Convert a LoRA file to the form of ComfyUI and A1111 (kohya) or of diffusers, read it back into a "
+    "fresh base model by two readers, and keep what they found beside it as .certificate.json."
 )
 _SAMPLING = (
     ("num_inference_steps", int, 30),
@@ -167,6 +186,7 @@ def _train(args: argparse.Namespace) -> int:
     from lora_nb.report import write_card, write_report
     from lora_nb.trainer import train
 
+    _warn_of_a_lonely_process()
     given = vars(args)
     base = None
     if "pretrained_model_name_or_path" not in given and args.config is None:
@@ -201,13 +221,25 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _warn_of_a_lonely_process() -> None:
+    """Say so if accelerate started one process where several were asked for: it then names a port, but no peers."""
+    peers = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys()
+    if asked and not any(name in os.environ for name in peers):
+        warnings.warn(
+            "accelerate launch was asked for several processes and started only this one, which trains alone on "
+            "smaller batches; add --multi_gpu, which starts and connects all of them, without GPUs too.",
+            stacklevel=2,
+        )
+
+
 def _class_pictures(settings: config.TrainConfig) -> None:
     """The first process draws the class pictures that are missing, the others wait for it."""
     from accelerate import PartialState
 
     from lora_nb.inference import make_class_pictures
 
-    with PartialState().main_process_first():
+    with PartialState(cpu=env.pick_device().name == "cpu").main_process_first():
         if made := make_class_pictures(settings):
             _say(f"Drew {len(made)} pictures of {settings.class_prompt!r} into {made[0].parent}.")
 
@@ -288,5 +320,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from lora_nb.formats import inspect
 
     report = inspect(args.file)
-    print(report.table())
+    print(report.table(args.modules))
     return 1 if report.problems else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from lora_nb.inference import export
+
+    print(export(args.file, args.output, args.format, args.model, args.dtype).table())
+    return 0

@@ -22,6 +22,7 @@ SCHEDULES = (
     "cosine_with_restarts",
     "polynomial",
 )
+WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "nearest", "box", "hamming")
 
 
@@ -168,6 +169,25 @@ class TrainConfig:
     prediction_type: str | None = _setting(
         None, "epsilon, v_prediction or sample; empty means the model's own"
     )
+    weighting_scheme: str | None = _setting(
+        None,
+        f"timesteps and weights of flow matching: {', '.join(WEIGHTING_SCHEMES)}; empty means the family's own",
+    )
+    logit_mean: float | None = _setting(
+        None, "mean of logit_normal, 0 if empty; larger means less noise"
+    )
+    logit_std: float | None = _setting(None, "standard deviation of logit_normal, 1 if empty")
+    mode_scale: float | None = _setting(None, "scale of mode, 1.29 if empty")
+    precondition_outputs: int | None = _setting(
+        None, "1 measures the error of x0, 0 that of the velocity; empty means the family's own"
+    )
+    max_sequence_length: int | None = _setting(
+        None, "tokens of the longest text encoder in training; empty means the family's own"
+    )
+    training_guidance_scale: float | None = _setting(
+        None,
+        "what a guidance-distilled model is told in training (its reference script's guidance_scale); empty means 3.5",
+    )
     with_prior_preservation: bool = _setting(
         False, "train on pictures of the class too, so that it is not forgotten (DreamBooth)"
     )
@@ -182,6 +202,9 @@ class TrainConfig:
     prior_loss_weight: float = _setting(1.0, "weight of the loss on the class pictures")
 
     snr_gamma: float | None = _setting(None, "Min-SNR weighting; 5.0 is the paper's value")
+    snr_floor: bool = _setting(
+        False, "with v_prediction, Min-SNR weights of at least 1: min(SNR, gamma) / SNR + 1"
+    )
     noise_offset: float = _setting(
         0.0, "standard deviation of a constant added to each noise channel"
     )
@@ -246,6 +269,8 @@ class TrainConfig:
             raise ConfigError(
                 f"The config is not JSON (line {error.lineno}: {error.msg})."
             ) from error
+        except RecursionError as error:
+            raise ConfigError("The config is not JSON (nested too deeply).") from error
         return cls.from_dict(values)
 
     def validate(self) -> None:
@@ -260,6 +285,8 @@ class TrainConfig:
         _one_of(
             "prediction_type", self.prediction_type, (None, "epsilon", "v_prediction", "sample")
         )
+        _one_of("weighting_scheme", self.weighting_scheme, (None, *WEIGHTING_SCHEMES))
+        _one_of("precondition_outputs", self.precondition_outputs, (None, 0, 1))
         _one_of("image_interpolation_mode", self.data.image_interpolation_mode, INTERPOLATIONS)
         if not self.lora:
             raise ConfigError(
@@ -313,6 +340,8 @@ _LOWEST = {
     "adam_weight_decay": 0,
     "max_grad_norm": 0,
     "snr_gamma": 0,
+    "max_sequence_length": 1,
+    "training_guidance_scale": 0,
     "noise_offset": 0,
     "num_validation_images": 1,
     "validation_steps": 1,

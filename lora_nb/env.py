@@ -151,6 +151,11 @@ def runs_dir() -> Path:
     return (_REPO if (_REPO / "pyproject.toml").is_file() else Path.cwd()) / "runs"
 
 
+def cache_dir() -> Path:
+    """The folder of what can be computed again: LORA_NB_CACHE, else lora_nb in the user's cache folder."""
+    return Path(os.environ.get("LORA_NB_CACHE") or Path.home() / ".cache" / "lora_nb")
+
+
 def run_dir(name: str) -> Path:
     """The folder of one run, not created here; ConfigError on a name that is not one folder."""
     if name in ("", ".", "..") or Path(name).name != name:
@@ -188,6 +193,8 @@ class Preset:
     guidance_scale: float
     guidance_rescale: float
     reason: str
+    gradient_checkpointing: bool = False
+    adam_weight_decay: float = TrainConfig.adam_weight_decay
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -219,6 +226,8 @@ class Preset:
             max_train_steps=self.max_train_steps,
             learning_rate=self.learning_rate,
             mixed_precision=self.mixed_precision,
+            gradient_checkpointing=self.gradient_checkpointing,
+            adam_weight_decay=self.adam_weight_decay,
             **self.sampling,
         ).replace(**{k: v for k, v in changes.items() if k not in lora})
         config.validate()
@@ -226,7 +235,18 @@ class Preset:
 
 
 _SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-PRESETS = ("tiny", "sd15")
+_KANDINSKY = "kandinsky-community/kandinsky-2-2"
+# By family: base model, resolution, denoising steps and guidance of a sample, AdamW's weight decay. Learning rate and
+# weight decay are the reference scripts' (1e-4 for all), sampling is the pipelines' default or the model card's.
+_LARGE = {
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024, 30, 5.0, 1e-2),
+    "sd3": ("stabilityai/stable-diffusion-3.5-medium", 1024, 40, 4.5, 1e-4),
+    "flux": ("black-forest-labs/FLUX.1-dev", 512, 28, 3.5, 1e-4),
+    "kandinsky_decoder": (f"{_KANDINSKY}-decoder", 512, 30, 4.0, 0.0),
+    "kandinsky_prior": (f"{_KANDINSKY}-prior", 224, 30, 4.0, 0.0),  # its image encoder sees 224
+    "wuerstchen": ("warp-ai/wuerstchen-prior", 768, 12, 4.0, 0.0),
+}
+PRESETS = ("tiny", "sd15", *_LARGE)
 
 
 def preset(name: str = "auto") -> Preset:
@@ -245,7 +265,11 @@ def preset(name: str = "auto") -> Preset:
         base = str(data_dir() / "base")
         return Preset("tiny", "sd", base, ink, 128, 8, 200, 2e-3, 8, None, 25, 3.0, 0.7, reason)
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(pick_device().dtype)
-    return Preset("sd15", "sd", _SD15, ink, 512, 4, 500, 1e-4, 8, half, 30, 7.5, 0.0, reason)
+    if name == "sd15":
+        return Preset("sd15", "sd", _SD15, ink, 512, 4, 500, 1e-4, 8, half, 30, 7.5, 0.0, reason)
+    model, resolution, steps, guidance, decay = _LARGE[name]
+    rest = (resolution, 1, 500, 1e-4, 8, half, steps, guidance, 0.0, reason, True, decay)
+    return Preset(name, name, model, ink, *rest)
 
 
 def _choose() -> tuple[str, str]:

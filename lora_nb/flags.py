@@ -11,15 +11,16 @@ from typing import Any
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError
 
+TEXT = "text_encoders"  # all text encoders that the family can train, alike
 _LORA_FLAGS = {
     "rank": ("unet", "rank"),
     "lora_alpha": ("unet", "lora_alpha"),
     "target_modules": ("unet", "target_modules"),
     "lora_dropout": ("unet", "lora_dropout"),
-    "text_encoder_rank": ("text_encoder", "rank"),
-    "text_encoder_lora_alpha": ("text_encoder", "lora_alpha"),
-    "text_encoder_target_modules": ("text_encoder", "target_modules"),
-    "text_encoder_lr": ("text_encoder", "learning_rate"),
+    "text_encoder_rank": (TEXT, "rank"),
+    "text_encoder_lora_alpha": (TEXT, "lora_alpha"),
+    "text_encoder_target_modules": (TEXT, "target_modules"),
+    "text_encoder_lr": (TEXT, "learning_rate"),
 }
 _ALIASES = {
     "validation_prompts": ["--validation_prompt"],
@@ -40,6 +41,12 @@ _ANSWERED = {
         str,
         "class pictures are drawn in the precision that suits the device",
     ),
+    "tracker_project_name": (str, "the tracker's project is lora_nb"),
+    "upcast_before_saving": (bool, "adapters are float32 all the time"),
+    "prodigy_beta3": (str, "the optimizer is AdamW"),
+    "prodigy_decouple": (str, "the optimizer is AdamW"),
+    "prodigy_use_bias_correction": (str, "the optimizer is AdamW"),
+    "prodigy_safeguard_warmup": (str, "the optimizer is AdamW"),
     "push_to_hub": (
         bool,
         "nothing is uploaded from here yet; the folder with its card is ready for `hf upload`",
@@ -62,11 +69,15 @@ _REFUSED = {
     "validation_images": (str, "it is for DeepFloyd IF's second stage, which is no family here"),
     "do_edm_style_training": (bool, "there is no EDM objective here; leave it out"),
     "use_dora": (bool, "adapters are plain LoRA here; leave it out"),
+    "lora_layers": (str, "give the layers' names to target_modules, with spaces between them"),
+    "lora_blocks": (str, "name the layers with their blocks in target_modules"),
     "repeats": (int, "pictures are drawn in endless epochs; say how long by max_train_steps"),
     "optimizer": (str, "the optimizer is AdamW, with use_8bit_adam in 8 bits"),
     "adam_weight_decay_text_encoder": (float, "all parts share adam_weight_decay"),
     "output_kohya_format": (bool, "files are written in the diffusers form only so far"),
 }
+# What of these is done anyway.
+_FOLLOWED = {"repeats": 1, "optimizer": "adamw"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for flag, (part, name) in _LORA_FLAGS.items():
         _add_flag(lora, flag, hints[name], spec_fields[name], f" ({part})")
     lora.add_argument(
-        "--train_text_encoder", action="store_true", help="give the text encoder a LoRA too"
+        "--train_text_encoder", action="store_true", help="give the text encoders a LoRA too"
     )
     lora.add_argument(
         "--no_unet",
@@ -134,6 +145,10 @@ def _optional(hint: Any) -> bool:
 def from_flags(namespace: argparse.Namespace, base: dict[str, Any] | None = None) -> TrainConfig:
     """The config of parsed flags over a --config file over `base` (a plain dictionary)."""
     given = dict(vars(namespace))
+    for name in [name for name in given if name in _FOLLOWED]:
+        value = given[name].lower() if isinstance(given[name], str) else given[name]
+        if value == _FOLLOWED[name]:
+            given.pop(name)
     for name in [name for name in given if name in _REFUSED]:
         raise ConfigError(f"--{name} cannot be followed: {_REFUSED[name][1]}.")
     for name in [name for name in given if name in _ANSWERED]:
@@ -153,19 +168,33 @@ def from_flags(namespace: argparse.Namespace, base: dict[str, Any] | None = None
         values |= loaded
     lora = {part: dict(spec) for part, spec in values.get("lora", {"unet": {}}).items()}
     if given.pop("train_text_encoder", False):
-        lora.setdefault("text_encoder", {"rank": given.get("rank", LoraSpec().rank)})
+        _give_text_encoders(lora, given)
     if given.pop("no_unet", False):
         lora.pop("unet", None)
     for flag, (part, name) in _LORA_FLAGS.items():
         if flag in given:
-            if part not in lora:
-                how = "--train_text_encoder" if part == "text_encoder" else "no --no_unet"
+            parts = _text_parts(lora) if part == TEXT else [p for p in lora if p == part]
+            if not parts:
+                how = "add --train_text_encoder" if part == TEXT else "leave out --no_unet"
                 raise ConfigError(
-                    f"--{flag} is for the {part}, which gets no LoRA here; add {how}."
+                    f"--{flag} is for the {part.replace('_', ' ')}, without LoRA here; {how}."
                 )
-            lora[part][name] = given.pop(flag)
+            value = given.pop(flag)
+            for each in parts:
+                lora[each][name] = value
     data_names = {f.name for f in dataclasses.fields(DataSpec)}
     train_names = {f.name for f in dataclasses.fields(TrainConfig)}
     data = dict(values.get("data", {})) | {k: v for k, v in given.items() if k in data_names}
     values |= {k: v for k, v in given.items() if k in train_names}
     return TrainConfig.from_dict(values | {"lora": lora, "data": data})
+
+
+def _text_parts(lora: dict[str, Any]) -> list[str]:
+    return [part for part in lora if part.startswith("text_encoder")]
+
+
+def _give_text_encoders(lora: dict[str, Any], given: dict[str, Any]) -> None:
+    """Text encoders start with the rank and dropout of the network, as in the reference scripts."""
+    if not _text_parts(lora):
+        same = {"rank": LoraSpec().rank} | given
+        lora[TEXT] = {name: same[name] for name in ("rank", "lora_dropout") if name in same}

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from lora_nb.config import WEIGHTING_SCHEMES
 from lora_nb.errors import ConfigError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")
 MODE_SCALE_LIMIT = 2 / (
     math.pi - 2
 )  # beyond, timesteps run backwards (Esser et al. 2024, equation 20)
@@ -22,11 +22,16 @@ class Diffusion:
     """Denoising diffusion in discrete time (Ho et al. 2020) with prediction types epsilon, v and sample.
 
     alphas_cumprod: (T,) decreasing in [0, 1]; the last one may be 0 (zero terminal SNR, Lin et al. 2023).
-    snr_gamma: the gamma of Min-SNR weighting (Hang et al. 2023), or None for the plain loss.
+    snr_gamma: the gamma of Min-SNR weighting (Hang et al. 2023), or None for the plain loss. snr_floor: its other form
+    for v, never below 1, as the SDXL DreamBooth script has it.
     """
 
     def __init__(
-        self, alphas_cumprod: torch.Tensor, prediction_type: str, snr_gamma: float | None = None
+        self,
+        alphas_cumprod: torch.Tensor,
+        prediction_type: str,
+        snr_gamma: float | None = None,
+        snr_floor: bool = False,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ConfigError(
@@ -39,11 +44,15 @@ class Diffusion:
             )
         self.alphas_cumprod = alphas_cumprod.float()
         self.prediction_type = prediction_type
-        self.snr_gamma = snr_gamma
+        self.snr_gamma, self.snr_floor = snr_gamma, snr_floor
 
     @classmethod
     def from_scheduler(
-        cls, scheduler: Any, prediction_type: str | None = None, snr_gamma: float | None = None
+        cls,
+        scheduler: Any,
+        prediction_type: str | None = None,
+        snr_gamma: float | None = None,
+        snr_floor: bool = False,
     ) -> "Diffusion":
         """The objective that a diffusers noise scheduler was made for.
 
@@ -53,9 +62,8 @@ class Diffusion:
             raise ConfigError(
                 f"{type(scheduler).__name__} is no diffusion scheduler: it has no alphas_cumprod."
             )
-        return cls(
-            scheduler.alphas_cumprod, prediction_type or scheduler.config.prediction_type, snr_gamma
-        )
+        kind = prediction_type or scheduler.config.prediction_type
+        return cls(scheduler.alphas_cumprod, kind, snr_gamma, snr_floor)
 
     @property
     def num_timesteps(self) -> int:
@@ -104,7 +112,8 @@ class Diffusion:
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """Loss weight of each picture, (B,): 1, or Min-SNR (Hang et al. 2023, section 3.4).
 
-        With gamma: min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v, min(SNR, gamma) for sample.
+        With gamma: min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v, min(SNR, gamma) for sample;
+        with snr_floor min(SNR, gamma) / SNR + 1 for v.
         """
         if self.snr_gamma is None:
             return torch.ones(len(t), device=t.device)
@@ -113,7 +122,10 @@ class Diffusion:
         if self.prediction_type == "epsilon":
             return clipped / snr
         if self.prediction_type == "v_prediction":
-            return clipped / (snr + 1)
+            # 1 at SNR 0, where clipped / snr would be 0 / 0.
+            return (
+                (self.snr_gamma / snr).clamp(max=1) + 1 if self.snr_floor else clipped / (snr + 1)
+            )
         return clipped
 
 

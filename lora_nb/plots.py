@@ -251,6 +251,24 @@ def score_curves(x: Sequence[float], scores: Mapping[str, Sequence], label: str)
     return figure
 
 
+def snr_by_draw(snr: Mapping[str, Sequence[float]]) -> Figure:
+    """The signal-to-noise ratios that training draws, one line per name, the cleanest draw first.
+
+    A steep line draws all ratios alike; a flat one dwells on the ratio where it is flat.
+    """
+    figure = Plot(6.2, 2.7)
+    axes = figure.box(0.7, 0.5, 4.1, 1.85)
+    _tidy(axes, "How much picture is left", "share of the draws", "signal-to-noise ratio")
+    for (name, values), colour in zip(snr.items(), SERIES * len(snr), strict=False):
+        # a ratio of 0 has no place on a log axis
+        ordered = np.sort(np.clip(np.asarray(values, dtype=float), 1e-4, 1e4))[::-1]
+        axes.plot(np.linspace(0, 1, len(ordered)), ordered, color=colour, lw=1.6, label=name)
+    axes.set_yscale("log")
+    axes.axhline(1, color=MUTED, linewidth=0.8, linestyle="--")
+    _legend(axes, columns=1, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
 def parameter_bars(counts: Iterable, title: str = "Trainable parameters by block") -> Figure:
     """Adapter parameters per block of the network, stacked by the layers' own names (to_q, to_k).
 
@@ -324,6 +342,42 @@ def singular_values(
         axes.text(rank + 0.5, 0.03, f" rank {rank}", transform=axes.get_xaxis_transform(),
                   va="bottom", fontsize=7.5, color=MUTED)  # fmt: skip
     _legend(axes)
+    return figure
+
+
+def rank_xray(spectra: Sequence) -> Figure:
+    """How much of each block's change the first 1, 2, ... singular values hold: dark is all, a dot the effective rank.
+
+    `spectra` is the list of `lora_nb.formats.xray`; a block shows the mean of its layers.
+    """
+    blocks: dict[str, list] = defaultdict(list)
+    for spectrum in spectra:
+        blocks[spectrum.block].append(spectrum)
+    rows = sorted(
+        blocks, key=lambda block: (block.split(".")[0], _after_the_middle(block.partition(".")[2]))
+    )
+    rank = max(len(spectrum.values) for spectrum in spectra)
+    held = np.ones((len(rows), rank))
+    for row, block in enumerate(rows):
+        for k in range(rank):
+            held[row, k] = np.mean([s.energy[min(k, len(s.values) - 1)] for s in blocks[block]])
+    indent = _indent(rows)
+    figure = Plot(6.4, 0.95 + 0.24 * len(rows))
+    axes = figure.box(indent, 0.5, 6.0 - indent, 0.12 + 0.24 * len(rows))
+    _tidy(axes, "Share of the change held by the first singular values", "rank", "")
+    axes.imshow(
+        held,
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        extent=(0.5, rank + 0.5, len(rows) - 0.5, -0.5),
+    )
+    effective = [np.mean([s.effective_rank for s in blocks[block]]) for block in rows]
+    axes.plot(effective, range(len(rows)), "o", color=SECOND, ms=4)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False)
     return figure
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_nb import adapters, data
+from lora_nb import adapters, data, memory
 from lora_nb.cache import Cache
 from lora_nb.families import Family
 from lora_nb.loss import diffusion_loss
@@ -45,12 +45,16 @@ class Probe:
         with adapters.disabled(family):
             self.base, self.timesteps = self._losses()
 
-    @torch.no_grad()
     def _losses(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and timestep of each draw, (DRAWS, n) each."""
+        """Loss and timestep of each draw, (DRAWS, n) each; in smaller batches once memory runs out."""
+        measured, self.batch_size = memory.halving(self._measured, self.batch_size)
+        return measured
+
+    @torch.no_grad()
+    def _measured(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         losses, timesteps = [], []
-        for start in range(0, self.n * DRAWS, self.batch_size):
-            positions = list(range(start, min(start + self.batch_size, self.n * DRAWS)))
+        for start in range(0, self.n * DRAWS, batch_size):
+            positions = list(range(start, min(start + batch_size, self.n * DRAWS)))
             batch = self.cache.rows([p % self.n for p in positions], positions)
             result = diffusion_loss(self.family, batch)
             losses.append(result.per_image.cpu())

@@ -11,7 +11,7 @@ from typing import Any
 from lora_nb import checkpoint
 from lora_nb.config import TrainConfig
 from lora_nb.errors import CheckpointError
-from lora_nb.files import write_atomically
+from lora_nb.files import free_megabytes, write_atomically
 
 CONFIG, HISTORY = "config.json", "history.jsonl"
 
@@ -30,7 +30,8 @@ def read_config(folder: str | Path) -> TrainConfig:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(f"There is no run in {folder} (no {CONFIG}); train one there first.")
-    return TrainConfig.from_json(path.read_text(encoding="utf-8"))
+    # What is no UTF-8 shows as a wrong value.
+    return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
@@ -39,18 +40,27 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(event, dict):
+            break
+        events.append(event)
     return events
 
 
 def append(folder: Path, event: dict[str, Any]) -> None:
-    """Add one line to the history."""
-    with open(folder / HISTORY, "a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+    """Add one line to the history; raises CheckpointError if the disk refuses."""
+    try:
+        with open(folder / HISTORY, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / HISTORY} could not be written ({error.strerror}): {free_megabytes(folder):.1f} MB are free; "
+            "make room, then run the same again."
+        ) from error
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -88,21 +98,21 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, checkpoint.Checkpoint | N
     folder = Path(config.output_dir)
     if config.overwrite:
         _delete(folder)
-    old = read_config(folder) if (folder / CONFIG).is_file() else None
-    if config.seed is None:
-        seed = old.seed if old else secrets.randbits(31)
-        config = dataclasses.replace(config, seed=seed)
-    if old is None:
-        if config.resume_from_checkpoint not in (None, "latest"):
-            raise CheckpointError(
-                f"There is no run in {folder}, so nothing to resume; leave out resume_from_checkpoint."
-            )
-        return config, None
     checkpoint.sweep(folder)
     saved = _chosen(config, folder)
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=_seed_of(folder, saved))
     if saved:
         _refuse_changes(folder, TrainConfig.from_dict(saved.meta["config"]), config)
     return config, saved
+
+
+def _seed_of(folder: Path, saved: checkpoint.Checkpoint | None) -> int:
+    """The seed that the run has already, or a new one."""
+    seed = saved.meta["config"]["seed"] if saved else None
+    if seed is None and (folder / CONFIG).is_file():
+        seed = read_config(folder).seed
+    return secrets.randbits(31) if seed is None else seed
 
 
 def save_config(config: TrainConfig) -> Path:
@@ -126,16 +136,30 @@ def _refuse_changes(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
 
 
 def _chosen(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
-    wanted = config.resume_from_checkpoint
+    """The checkpoint to go on from: the newest, or the one that is named by path or, in this folder, by bare name."""
+    wanted, found = config.resume_from_checkpoint, checkpoint.found(folder)
     if wanted in (None, "latest"):
         return checkpoint.latest(folder)
-    for place in (Path(wanted), folder / Path(wanted).name):
-        if (place / checkpoint.MANIFEST).is_file():
-            return checkpoint.read(place)
-    names = ", ".join(p.name for p in checkpoint.found(folder)) or "none"
-    raise CheckpointError(
-        f"There is no complete checkpoint at {wanted}; found in {folder}: {names}."
-    )
+    place = Path(wanted)
+    if len(place.parts) == 1 and not place.is_dir():
+        place = folder / place
+    if not (place / checkpoint.MANIFEST).is_file():
+        if not found:
+            raise CheckpointError(
+                f"There is no checkpoint in {folder}, so nothing to resume as {wanted}; leave out "
+                "resume_from_checkpoint."
+            )
+        names = ", ".join(p.name for p in found)
+        raise CheckpointError(
+            f"There is no complete checkpoint at {wanted}; found in {folder}: {names}."
+        )
+    saved = checkpoint.read(place)
+    if not checkpoint.runs(found) <= {saved.meta["run"]}:
+        raise CheckpointError(
+            f"{place} belongs to another run than the checkpoints in {folder}: choose another output_dir for going on "
+            "from it, or delete the old run with overwrite=True."
+        )
+    return saved
 
 
 def _other_run(folder: Path, changed: dict[str, tuple[Any, Any]]) -> CheckpointError:

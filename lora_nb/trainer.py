@@ -7,10 +7,10 @@ Stopping at any time leaves a complete checkpoint, and the same call goes on fro
 import dataclasses
 import math
 import secrets
-import signal
-import threading
 import time
-from collections.abc import Iterator
+import warnings
+import weakref
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +28,21 @@ from lora_nb import (
     data,
     env,
     formats,
+    health,
+    memory,
     optimization,
     rng,
     run_folder,
+    run_state,
+    stopping,
 )
 from lora_nb.cache import CLASS_POSITIONS, Cache, with_prior
 from lora_nb.config import TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, NumericsError
 from lora_nb.families import Batch, load_family
 from lora_nb.files import write_atomically
+from lora_nb.health import Health
+from lora_nb.lock import Lock
 from lora_nb.loss import Loss, diffusion_loss
 from lora_nb.probe import Probe, ProbeResult
 
@@ -47,18 +53,21 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Step:
     """One optimizer step, detached from all graphs.
 
-    loss: the trained mean. lr: learning rate by part. grad_norm: before clipping, over all adapters. timesteps and
-    per_image: one entry per picture. seconds: since the step before. probe: if one was measured after this step.
+    loss: the trained mean. lr: learning rate by part. grad_norm: before clipping, over all adapters; grad_norms: of
+    each part. timesteps and per_image: one entry per picture. seconds: since the step before. health and probe: if they
+    were measured after this step.
     """
 
     step: int
     loss: float
     lr: dict[str, float]
     grad_norm: float
-    timesteps: list[int]
+    grad_norms: dict[str, float]
+    timesteps: list[float]
     per_image: list[float]
     seconds: float
     images_seen: int
+    health: Health | None = None
     probe: ProbeResult | None = None
 
 
@@ -67,18 +76,47 @@ def train(config: TrainConfig) -> "Training":
 
     Raises LoraNbError (its subclasses) before the first step for any input that cannot be trained on.
     """
-    return Training(config)
+    folder = Path(config.output_dir).resolve()
+    if (
+        folder in RUNNING
+    ):  # left half way by this process: it saves, then this one goes on from there
+        _finish(RUNNING[folder])
+    training = Training(config)
+    if training.start_step >= training.max_train_steps:
+        warnings.warn(
+            f"This run is already finished at step {training.start_step} of {training.max_train_steps}: raise "
+            "max_train_steps to go on, or start anew with overwrite=True.",
+            stacklevel=2,
+        )
+    return training
+
+
+# The loops of this process that have not ended, by run folder.
+RUNNING: weakref.WeakValueDictionary[Path, Generator] = weakref.WeakValueDictionary()
+
+
+def _finish(steps: Generator) -> None:
+    try:
+        steps.close()
+    except (
+        ValueError
+    ) as error:  # it is executing: this is called from inside its own loop or another thread
+        raise CheckpointError(
+            "This very process is training in that folder at the moment; let it end, or choose another output_dir."
+        ) from error
 
 
 class Training:
     """A run that is ready to train: config, family with adapters, pictures, optimizer, folder.
 
-    Iterate once. `interrupted` tells afterwards whether it stopped early; the same config then goes on.
+    `interrupted` tells after the loop whether it stopped early; the same loop or the same config then goes on.
     """
 
     def __init__(self, config: TrainConfig):
         config.validate()
         self.accelerator = self._accelerator(config)
+        if self.accelerator.mixed_precision != "no":  # which the launcher alone may have said
+            config = config.replace(mixed_precision=self.accelerator.mixed_precision)
         # Data first: it is the cheapest to check and the likeliest to be wrong.
         self.pictures = data.load(config.data, "train")
         held_out = data.has_split(config.data, "validation")
@@ -86,8 +124,13 @@ class Training:
         self.class_pictures = (
             class_pictures.load(config) if config.with_prior_preservation else None
         )
-        self.config, resume = self._agreed(config)
         self.folder = Path(config.output_dir)
+        with self._claimed():
+            self._make(config)
+
+    def _make(self, config: TrainConfig) -> None:
+        """Base model, adapters and optimizer, fresh or from a checkpoint; then the run's folder."""
+        self.config, resume = self._agreed(config)
         self.family = load_family(
             config.family,
             _named_model(config),
@@ -95,12 +138,20 @@ class Training:
             device=self.accelerator.device,
             prediction_type=config.prediction_type,
             snr_gamma=config.snr_gamma,
+            snr_floor=config.snr_floor or None,
             revision=config.revision,
             variant=config.variant,
             vae=config.pretrained_vae_model_name_or_path,
             prior=config.pretrained_prior_model_name_or_path,
             decoder=config.pretrained_decoder_model_name_or_path,
             image_encoder_file=config.image_encoder_file,
+            weighting_scheme=config.weighting_scheme,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+            mode_scale=config.mode_scale,
+            precondition_outputs=config.precondition_outputs,
+            max_sequence_length=config.max_sequence_length,
+            training_guidance_scale=config.training_guidance_scale,
         )
         _check_resolution(config.data.resolution, self.family)
         self.lora = adapters.named(self.family, config.lora)
@@ -108,7 +159,10 @@ class Training:
         if config.gradient_checkpointing:
             self.family.enable_gradient_checkpointing()
         self.weights = adapters.parameters(self.family)
-        self.parameters = sum(p.numel() for group in self.weights.values() for p in group)
+        self.parameters = sum(w.numel() for w in self._all_weights())
+        self.untrained = adapters.state(self.family)
+        if self.accelerator.is_main_process:  # weights and two moments each, 4 bytes a number
+            checkpoint.require_room(self.folder, 12 * self.parameters)
         self.max_train_steps = (
             config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
         )
@@ -126,34 +180,56 @@ class Training:
             self.class_cache = self._cache(self.class_pictures)
         self.start_step, self.interrupted = 0, False
         self.stopped_by: int | None = None  # number of the signal that asked to stop
+        self.micro_batch = config.train_batch_size  # pictures at a time; fewer once memory ran out
         self.probe: Probe | None = None
         self.last_probe: ProbeResult | None = None
         self.run_id, self.best = secrets.token_hex(8), None
         if resume:
             self._restore(resume)
-        self.saved_step = self.start_step
+        if any(weight.dtype != torch.float32 for weight in self._all_weights()):
+            raise NumericsError("Trainable weights must be float32; something has changed theirs.")
+        self.done = self.saved_step = self.start_step
+        self.whole = True  # whether the weights are those of step `done`; if not, the last checkpoint is the truth
         if self.accelerator.is_main_process:
             self._open_folder(resume)
 
     # what a run is made of
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The folder is this training's until its loop ends; given back at once if it cannot begin."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        self._claim()
+        try:
+            yield
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _claim(self) -> None:
+        self.lock = Lock(self.folder)
+        weakref.finalize(self, self.lock.release)
 
     def _accelerator(self, config: TrainConfig) -> Accelerator:
         # A notebook makes many runs in one process; accelerate would keep the first one's precision for all.
         AcceleratorState._reset_state()
         GradientState._reset_state()
         device = env.pick_device()
-        if config.mixed_precision == "fp16" and device.name == "cpu":
-            raise ConfigError(
-                "mixed_precision is 'fp16', but there is no GPU here; use 'no', or 'bf16'."
-            )
         if config.allow_tf32 and device.name == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             cpu=device.name == "cpu",
             log_with=config.report_to,
             project_dir=config.output_dir,
         )
+        if accelerator.mixed_precision == "fp16" and device.name == "cpu":
+            raise ConfigError(
+                "mixed_precision is 'fp16', but there is no GPU here; use 'no', or 'bf16'."
+            )
+        return accelerator
 
     def _agreed(self, config: TrainConfig) -> tuple[TrainConfig, checkpoint.Checkpoint | None]:
         """The main process decides on seed and checkpoint; the others follow."""
@@ -221,43 +297,60 @@ class Training:
 
     # the loop
 
-    def __iter__(self) -> Iterator[Step]:
-        done = self.start_step
-        with self._signals():
+    def __iter__(self) -> Generator[Step]:
+        steps = self._steps()
+        RUNNING[self.folder.resolve()] = steps
+        return steps
+
+    def _steps(self) -> Generator[Step]:
+        self._begin()
+        with stopping.signals(lambda: self.interrupted, self._ask):
             try:
-                self._start_probe(done)
-                while done < self.max_train_steps and not self.interrupted:
-                    step = self._step(done)
-                    done = step.step
-                    step = dataclasses.replace(step, probe=self._probe_if_due(done))
+                self._start_probe()
+                while self.done < self.max_train_steps and not self._asked_to_stop():
+                    step = self._step(self.done)
+                    step = dataclasses.replace(
+                        step, health=self._health_if_due(), probe=self._probe_if_due()
+                    )
                     self._log(step)
-                    if done % self.config.checkpointing_steps == 0:
-                        self._save(done)
+                    if self.done % self.config.checkpointing_steps == 0:
+                        self._save()
                     yield step
             finally:
-                self._close(done)
+                self._close()
 
     def _step(self, done: int) -> Step:
-        """Forward and backward over the micro-steps, then one clipped optimizer step."""
-        started, config = time.perf_counter(), self.config
-        results: list[Loss] = []
-        with _training_mode(self.family, self.weights):
-            for micro in range(config.gradient_accumulation_steps):
-                batch = self._batch(self._positions(done, micro))
-                with self._named_dropout(batch):
-                    result = diffusion_loss(self.family, batch, config.noise_offset)
-                self._refuse_non_finite(result, batch, done)
-                self.accelerator.backward(result.loss / config.gradient_accumulation_steps)
-                results.append(result)
+        """Gradients of all micro-steps, then one clipped optimizer step."""
+        started = time.perf_counter()
+        results, fitted = memory.halving(lambda size: self._gradients(done, size), self.micro_batch)
+        if fitted < self.micro_batch:
+            self._note_less_memory(fitted, done + 1)
         self._average_gradients()
-        grad_norm = self._clip(done)
+        grad_norms = self._clip(done)
         for group, peak in zip(self.optimizer.param_groups, self.peaks.values(), strict=True):
             group["lr"] = peak * self.factor(done)
-        self._half_done = True
+        self.whole = False  # an interrupt from here to the end leaves weights between two steps
         self.optimizer.step()
+        self._refuse_non_finite_weights(done)
+        self.done, self.whole = done + 1, True
+        return self._record_of(done, results, grad_norms, time.perf_counter() - started)
+
+    def _gradients(self, done: int, size: int) -> list[Loss]:
+        """Forward and backward over the micro-steps, `size` pictures at a time; the gradients add up to their mean."""
+        config, results = self.config, []
         self.optimizer.zero_grad()
-        self._half_done = False
-        return self._record_of(done, results, grad_norm, time.perf_counter() - started)
+        with _training_mode(self.family, self.weights):
+            for micro in range(config.gradient_accumulation_steps):
+                for positions in _pieces(self._positions(done, micro), size):
+                    batch = self._batch(positions)
+                    with self._named_dropout(batch):
+                        result = diffusion_loss(self.family, batch, config.noise_offset)
+                    self._refuse_non_finite(result, batch, done)
+                    share = len(positions) / config.train_batch_size
+                    loss = result.loss * share / config.gradient_accumulation_steps
+                    self.accelerator.backward(loss)
+                    results.append(Loss(loss.detach(), result.per_image.detach(), result.timesteps))
+        return results
 
     def _positions(self, done: int, micro: int) -> list[int]:
         """Global sample numbers of this process in this micro-step: processes take turns within one micro-step."""
@@ -298,58 +391,99 @@ class Training:
             for weight in (w for w in self._all_weights() if w.grad is not None):
                 weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
 
-    def _clip(self, done: int) -> float:
-        limit = self.config.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self._all_weights(), limit))
+    def _clip(self, done: int) -> dict[str, float]:
+        """Clip the gradients of all adapters together; the norm of each part before that."""
+        self.accelerator.unscale_gradients()
+        norms = {
+            part: torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+            for part, weights in self.weights.items()
+        }
+        total = torch.nn.utils.get_total_norm(list(norms.values()))
         # A loss scaler skips such steps itself and goes on with a smaller scale.
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
+        if not math.isfinite(total) and self.accelerator.scaler is None:
             raise NumericsError(
                 f"The gradient of step {done + 1} is not finite, so training stopped before the optimizer used it: "
                 "lower the learning rate or train in float32."
             )
-        return norm
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._all_weights(), self.config.max_grad_norm, total
+            )
+        return {part: float(norm) for part, norm in norms.items()}
+
+    def _refuse_non_finite_weights(self, done: int) -> None:
+        if not math.isfinite(torch.nn.utils.get_total_norm(self._all_weights())):
+            raise NumericsError(
+                f"After step {done + 1} the norm of the weights is not finite (learning rates {self.peaks}), so it was "
+                f"not kept; the last checkpoint is of step {self.saved_step}: lower the learning rate."
+            )
+
+    def _note_less_memory(self, fitted: int, step: int) -> None:
+        """Say that memory ran out and what is done about it; the pictures and draws of each step stay the same."""
+        pieces = math.ceil(self.config.train_batch_size / fitted)
+        text = (
+            f"Memory ran out in step {step}: from now on {fitted} pictures at a time instead of {self.micro_batch}, "
+            f"and {pieces * self.config.gradient_accumulation_steps} micro-steps; the result is the same."
+        )
+        self.micro_batch = fitted
+        self.record("memory", step=step, micro_batch=fitted, message=text)
+        warnings.warn(text, stacklevel=4)
 
     def _all_weights(self) -> list[torch.nn.Parameter]:
         return [weight for weights in self.weights.values() for weight in weights]
 
-    def _record_of(self, done: int, results: list[Loss], grad_norm: float, seconds: float) -> Step:
+    def _record_of(
+        self, done: int, results: list[Loss], grad_norms: dict[str, float], seconds: float
+    ) -> Step:
         per_image = self.accelerator.gather(torch.cat([r.per_image.detach() for r in results]))
         timesteps = self.accelerator.gather(
             torch.cat([r.timesteps for r in results]).to(per_image.device)
         )
         loss = self.accelerator.reduce(
-            torch.stack([r.loss.detach() for r in results]).mean(), reduction="mean"
+            torch.stack([r.loss for r in results]).sum(), reduction="mean"
         )
         return Step(
             step=done + 1,
             loss=loss.item(),
             lr={part: peak * self.factor(done) for part, peak in self.peaks.items()},
-            grad_norm=grad_norm,
+            grad_norm=math.hypot(*grad_norms.values()),
+            grad_norms=grad_norms,
             timesteps=timesteps.tolist(),
             per_image=per_image.tolist(),
             seconds=seconds,
             images_seen=(done + 1) * self.samples_per_step,
         )
 
-    # probe and history
+    # probe, health and history
 
-    def _start_probe(self, done: int) -> None:
+    def _start_probe(self) -> None:
         if self.probe is None and self.accelerator.is_main_process:
             if self.held_out is None:
                 return
             config, captions = self.config, self.cache.keep_captions
             size, batch = config.probe_size, config.train_batch_size
             self.probe = Probe(self.family, self.held_out, size, batch, captions)
-            if done == 0:
+            if self.done == 0:
                 self._record_probe(self.probe.untrained())
 
-    def _probe_if_due(self, done: int) -> ProbeResult | None:
+    def _probe_if_due(self) -> ProbeResult | None:
         every = self.config.probe_steps
-        due = done == self.max_train_steps or (every and done % every == 0)
+        due = self.done == self.max_train_steps or (every and self.done % every == 0)
         if self.probe is None or not due:
             return None
-        result = self.probe.measure(done)
+        result = self.probe.measure(self.done)
         self._record_probe(result)
+        return result
+
+    def _health_if_due(self) -> Health | None:
+        """Now and then a look at all weights; a part that does not learn is said once."""
+        if self.done not in (1, self.max_train_steps) and self.done % health.EVERY:
+            return None
+        result = health.measure(self.family, self.untrained)
+        if self.done == health.SETTLED:
+            for alarm in result.alarms(self.done):
+                self.record("alarm", step=self.done, message=alarm)
+                warnings.warn(alarm, stacklevel=3)
         return result
 
     def _record_probe(self, result: ProbeResult) -> None:
@@ -363,7 +497,11 @@ class Training:
 
     def _log(self, step: Step) -> None:
         values = {k: v for k, v in dataclasses.asdict(step).items() if k != "probe"}
+        if step.health is None:
+            del values["health"]
         self.record("step", **values)
+        if self.accelerator.is_main_process:
+            self.lock.refresh()
         if self.config.report_to:
             rates = {f"lr/{part}": rate for part, rate in step.lr.items()}
             probe = {"probe_difference": step.probe.difference} if step.probe else {}
@@ -373,71 +511,104 @@ class Training:
 
     # stopping and going on
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first interrupt or SIGTERM lets the step finish; a second interrupt stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def _ask(self, number: int) -> None:
+        self.interrupted, self.stopped_by = True, number
 
-        def ask(number: int, frame: Any) -> None:
-            if self.interrupted and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.interrupted, self.stopped_by = True, number
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked; all of them stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.interrupted
+        asked = torch.tensor(float(self.interrupted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum"))
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _begin(self) -> None:
+        """Before the first step, also of a second loop over the same training."""
+        if not self.whole:
+            raise CheckpointError("This training has stopped inside a step; call train again.")
+        self.interrupted = False
+        if self.accelerator.is_main_process and not self.lock.held():
+            newest = next(map(checkpoint.step_of, checkpoint.found(self.folder)), 0)
+            if newest != self.saved_step:
+                raise CheckpointError(
+                    f"Another training has gone on in {self.folder} since; call train again."
+                )
+            self._claim()
 
-    _half_done = False
-
-    def _close(self, done: int) -> None:
+    def _close(self) -> None:
         """Leave a complete checkpoint and the adapter file, however the loop ended."""
-        if self._half_done:  # stopped inside the optimizer step: the last checkpoint is the truth
-            return
-        if done > self.saved_step:
-            self._save(done)
-        finished = done >= self.max_train_steps
-        if done > self.start_step:
+        finished = self.whole and self.done >= self.max_train_steps
+        try:
+            if self.whole:
+                if self.done > self.saved_step:
+                    self._save()
+                if finished:
+                    self._refuse_nothing_learned()
+                if self.done > self.start_step:
+                    if self.accelerator.is_main_process:
+                        self.save_adapter()
+                    self.record("end" if finished else "stop", step=self.done)
+        finally:
+            self.interrupted = not finished
+            self.start_step = self.done
             if self.accelerator.is_main_process:
-                self.save_adapter()
-            self.record("end" if finished else "stop", step=done)
-        self.interrupted = not finished
-        self.start_step = done
-        if self.config.report_to and self.accelerator.is_main_process:
-            self.accelerator.end_training()
+                self.lock.release()
+                if self.config.report_to:
+                    self.accelerator.end_training()
+
+    def _refuse_nothing_learned(self) -> None:
+        if not health.measure(self.family, self.untrained).nothing_learned:
+            return
+        rates = [self.factor(done) for done in range(self.max_train_steps)]
+        reason = "no gradient reached it, or it is lost in rounding"
+        if not any(self.peaks.values()) or not any(rates):
+            reason = (
+                f"the learning rate was 0 in every step (learning_rate {self.peaks}, lr_scheduler "
+                f"{self.config.lr_scheduler!r}, lr_warmup_steps {self.config.lr_warmup_steps})"
+            )
+        raise NumericsError(
+            f"After {self.done} steps the adapter still does nothing (B is zero in every layer), because {reason}; so "
+            "no adapter file was written. Change these settings and start anew with overwrite=True."
+        )
 
     def save_adapter(self) -> Path:
         """Write pytorch_lora_weights.safetensors of the weights as they are now."""
         extra = {"base_model": str(self.config.pretrained_model_name_or_path), "run": self.run_id}
         return formats.save_adapter(self.family, self.folder, extra)
 
-    def _save(self, done: int) -> None:
+    def _save(self) -> None:
         if self.accelerator.is_main_process:
-            self._note_best(done)
-            tensors = {
-                f"adapter/{p}/{k}": v
-                for p, w in adapters.state(self.family).items()
-                for k, v in w.items()
-            }
-            for index, state in self.optimizer.state_dict()["state"].items():
-                for name, value in state.items():
-                    tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).cpu()
+            if not self.lock.held():
+                raise CheckpointError(
+                    f"{self.folder} is no longer this training's (deleted, or taken by another one), so step "
+                    f"{self.done} was not saved; call train again."
+                )
+            self._note_best(self.done)
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             meta = {
                 "run": self.run_id,
                 "best": self.best,
                 "scaler": scaler,
-                "fingerprint": self.fingerprint,
+                "micro_batch": self.micro_batch,
+                "made_from": self._made_from(),
                 "config": self.config.to_dict(),
             }
-            checkpoint.save_checkpoint(self.folder, done, tensors, meta)
+            tensors = run_state.pack(self.family, self.optimizer)
+            try:
+                checkpoint.save_checkpoint(self.folder, self.done, tensors, meta)
+            except (CheckpointError, NumericsError):
+                self.whole = False  # it would not go better when the loop ends
+                raise
             keep = {self.best[0]} if self.best else set()
-            checkpoint.prune(self.folder, self.config.checkpoints_total_limit, keep)
-        self.saved_step = done
+            checkpoint.prune(self.folder, self.config.checkpoints_total_limit, keep, self.done)
+        self.saved_step = self.done
+
+    def _made_from(self) -> dict[str, Any]:
+        """What no setting names and yet decides what is learned, by the name that resume_override takes."""
+        return {
+            "data": self.fingerprint,
+            "base": run_state.base_mark(self.family),
+            "processes": self.accelerator.num_processes,
+        }
 
     def _note_best(self, done: int) -> None:
         """Remember the checkpoint with the lowest probe difference; it is never pruned."""
@@ -446,28 +617,30 @@ class Training:
             self.best = (done, probe.difference)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        if (
-            saved.meta["fingerprint"] != self.fingerprint
-            and "data" not in self.config.resume_override
-        ):
+        if "made_from" not in saved.meta:
             raise CheckpointError(
-                f"The pictures or captions are not those that {saved.folder} was trained on: choose another "
-                "output_dir, start anew with overwrite=True, or go on with resume_override=['data']."
+                f"{saved.folder} was written by another version of lora_nb; start anew with overwrite=True."
             )
-        weights: dict[str, dict[str, torch.Tensor]] = {part: {} for part in self.weights}
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in saved.tensors.items():
-            kind, owner, key = name.split("/", 2)
-            if kind == "adapter":
-                weights[owner][key] = value
-            else:
-                state.setdefault(int(owner), {})[key] = value
-        adapters.load_state(self.family, weights)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        for name, now in self._made_from().items():
+            before = saved.meta["made_from"][name]
+            if before != now and name not in self.config.resume_override:
+                what = {"data": "pictures or captions", "base": "weights of the base model"}
+                raise CheckpointError(
+                    f"The {what.get(name, 'number of ' + name)} are not those that {saved.folder} was trained with "
+                    f"({name} was {str(before)[:16]}, now {str(now)[:16]}): choose another output_dir, start anew with "
+                    f"overwrite=True, or go on with resume_override=[{name!r}]."
+                )
+        run_state.unpack(self.family, self.optimizer, saved.tensors)
         if self.accelerator.scaler and saved.meta["scaler"]:
             self.accelerator.scaler.load_state_dict(saved.meta["scaler"])
         self.start_step, self.run_id = saved.step, saved.meta["run"]
+        self.micro_batch = min(self.micro_batch, saved.meta["micro_batch"])
         self.best = tuple(saved.meta["best"]) if saved.meta["best"] else None
+
+
+def _pieces(positions: list[int], size: int) -> list[list[int]]:
+    """The positions in order, `size` at a time."""
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
 
 
 @contextmanager

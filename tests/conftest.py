@@ -21,12 +21,20 @@ os.environ |= {
 sys.path.insert(0, str(OFFLINE))
 import pytest  # noqa: E402
 import sitecustomize  # noqa: E402, F401
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# A folder for all examples of a property is meant; times say nothing on a shared machine.
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", max_examples=25, derandomize=True, **QUIET)
+settings.register_profile("long", max_examples=200, print_blob=True, **QUIET)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path_factory, monkeypatch):
-    """Runs go to a scratch folder, wherever the developer's own may be."""
+    """Runs and caches go to scratch folders, wherever the developer's own may be."""
     monkeypatch.setenv("LORA_NB_RUNS", str(tmp_path_factory.mktemp("runs")))
+    monkeypatch.setenv("LORA_NB_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

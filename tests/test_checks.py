@@ -56,6 +56,15 @@ def right_answers(family):
         "03.3": learning_rate,
         "04.1": lambda w, a, b, alpha, rank: w + alpha / rank * b @ a,
         "04.2": 0.0,
+        "06.1": lambda errors, weight: (
+            errors[: len(errors) // 2].mean() + weight * errors[len(errors) // 2 :].mean()
+        ),
+        "06.2": lambda before, after: (
+            1 - (before * after).sum(1) / (before.norm(dim=1) * after.norm(dim=1))
+        ),
+        "09.1": ["condition", "x0", "target", "call", "condition"],
+        "09.2": lambda x_t, velocity, sigma: x_t - sigma * velocity,
+        "09.3": lambda network, x_t, t: -network(x_t, (1000 - t) / 1000),
     }
 
 
@@ -127,6 +136,11 @@ def test_other_wrong_answers_are_refused(given):
         "03.3": lambda step, peak, warmup, total: peak,
         "04.1": lambda w, a, b, alpha, rank: w + rank / alpha * b @ a,
         "04.2": 0.5,
+        "06.1": lambda errors, weight: errors.mean() * (1 + weight),
+        "06.2": lambda before, after: (before - after).square().mean(1),
+        "09.1": ("call", "call", "call", "call", "call"),
+        "09.2": lambda x_t, velocity, sigma: (1 - sigma) * x_t - sigma * velocity,
+        "09.3": lambda network, x_t, t: network(x_t, t),
     }
     assert wrong.keys() == EXERCISES.keys()
     for name, answer in wrong.items():
@@ -169,4 +183,4 @@ def test_a_check_leaves_the_random_state_alone(family, given):
     for name, answer in right_answers(family).items():
         check(name, answer, **given.get(name, {}))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert len(checks.EXERCISES) == 13
+    assert len(checks.EXERCISES) == 18

@@ -222,7 +222,7 @@ def test_config_of_a_run_is_a_config_file(trained, tmp_path, capsys):
     assert main([str(word) for word in line]) == 0
     assert TrainConfig.from_json((tmp_path / "config.json").read_text()).lora.keys() == {
         "unet",
-        "text_encoder",
+        "text_encoders",
     }
 
 

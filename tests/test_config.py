@@ -57,6 +57,10 @@ def test_json_both_ways(rank, alpha, prompts, lr, resolution):
         ({"validation_prompts": "a fox"}, "list"),
         ({"data": {"caption_dropout": 1.5}}, "between 0 and 1"),
         ({"data": {"resolution": 4}}, "resolution"),
+        ({"weighting_scheme": "cosmos"}, "cosmap"),
+        ({"precondition_outputs": 2}, "precondition_outputs"),
+        ({"max_sequence_length": 0}, "max_sequence_length"),
+        ({"training_guidance_scale": -1}, "training_guidance_scale"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values, words):
@@ -101,7 +105,7 @@ def test_flags_reach_their_fields():
         "--validation_prompt fox --max_train_steps 20 --train_data_dir pics --gradient_checkpointing"
     )
     assert config.lora["unet"] == LoraSpec(rank=8, lora_alpha=4)
-    assert config.lora["text_encoder"] == LoraSpec(rank=8, learning_rate=1e-5)
+    assert config.lora["text_encoders"] == LoraSpec(rank=8, learning_rate=1e-5)
     assert config.data == DataSpec(train_data_dir="pics", random_flip=True)
     assert (config.validation_prompts, config.max_train_steps, config.gradient_checkpointing) == (
         ("fox",),
@@ -122,7 +126,24 @@ def test_flags_win_over_the_file_and_the_file_over_the_base(tmp_path):
 def test_text_encoder_flags_need_the_text_encoder():
     with pytest.raises(ConfigError, match="--train_text_encoder"):
         parse("--text_encoder_rank 4")
-    assert list(parse("--no_unet --train_text_encoder").lora) == ["text_encoder"]
+    assert list(parse("--no_unet --train_text_encoder").lora) == ["text_encoders"]
+    with pytest.raises(ConfigError, match="--no_unet"):
+        parse("--no_unet --train_text_encoder --rank 4")
+
+
+def test_text_encoder_flags_reach_each_text_encoder_of_a_file(tmp_path):
+    file = tmp_path / "config.json"
+    lora = {part: LoraSpec() for part in ("unet", "text_encoder", "text_encoder_2")}
+    file.write_text(TrainConfig(lora=lora).to_json())
+    config = parse(f"--config {file} --train_text_encoder --text_encoder_lr 1e-5")
+    own = LoraSpec(learning_rate=1e-5)
+    assert config.lora == {"unet": LoraSpec(), "text_encoder": own, "text_encoder_2": own}
+
+
+def test_text_encoders_start_like_the_network():
+    config = parse("--rank 8 --lora_dropout 0.1 --train_text_encoder")
+    assert config.lora["text_encoders"] == config.lora["unet"] == LoraSpec(8, lora_dropout=0.1)
+    assert parse("--train_text_encoder --text_encoder_rank 2").lora["text_encoders"].rank == 2
 
 
 def test_replace_reaches_into_the_data():
@@ -138,6 +159,9 @@ class_labels_conditioning class_prompt dataloader_num_workers dataset_config_nam
 do_edm_style_training enable_npu_flash_attention enable_xformers_memory_efficient_attention
 gradient_accumulation_steps gradient_checkpointing hub_model_id hub_token image_column image_interpolation_mode
 instance_data_dir instance_prompt learning_rate local_rank logging_dir lora_dropout lr_num_cycles lr_power
+cache_latents guidance_scale logit_mean logit_std lora_alpha lora_blocks lora_layers max_sequence_length mode_scale
+precondition_outputs prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction
+tracker_project_name upcast_before_saving validation_prompts weighting_scheme
 lr_scheduler lr_warmup_steps max_grad_norm max_train_samples max_train_steps mixed_precision noise_offset
 num_class_images num_train_epochs num_validation_images optimizer output_dir output_kohya_format
 pre_compute_text_embeddings prediction_type pretrained_model_name_or_path pretrained_vae_model_name_or_path
@@ -168,3 +192,6 @@ def test_flags_that_do_nothing_say_so_and_flags_that_cannot_be_followed_are_refu
     assert [line.split()[0] for line in said] == ["--push_to_hub", "--local_rank"]
     with pytest.raises(ConfigError, match="--use_dora cannot be followed: adapters are plain LoRA"):
         from_flags(parser.parse_args(["--use_dora"]))
+    assert from_flags(parser.parse_args(["--optimizer", "AdamW", "--repeats", "1"])) == parse("")
+    with pytest.raises(ConfigError, match="--optimizer cannot be followed"):
+        from_flags(parser.parse_args(["--optimizer", "prodigy"]))

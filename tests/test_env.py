@@ -11,6 +11,7 @@ import torch
 import lora_nb
 from lora_nb import env
 from lora_nb.errors import ConfigError, ModelError
+from lora_nb.families import REGISTRY
 
 # What torch 2.11 for CUDA 12.8 was built for, as `torch.cuda.get_arch_list()` gives it.
 CU128 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -182,6 +183,33 @@ def test_preset_refuses_what_it_does_not_know():
 @pytest.mark.parametrize("name", env.PRESETS)
 def test_every_preset_gives_a_valid_config(name):
     env.preset(name).config("mine")
+
+
+def test_there_is_a_preset_for_each_family():
+    assert {env.preset(name).family for name in env.PRESETS} == set(REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "steps", "guidance", "decay"),
+    [
+        ("sdxl", 1024, 30, 5.0, 1e-2),
+        ("sd3", 1024, 40, 4.5, 1e-4),
+        ("flux", 512, 28, 3.5, 1e-4),
+        ("kandinsky_decoder", 512, 30, 4.0, 0.0),
+        ("wuerstchen", 768, 12, 4.0, 0.0),
+    ],
+)
+def test_presets_of_large_models(gpu, name, resolution, steps, guidance, decay):
+    gpu("NVIDIA L4", L4, 24)
+    config = env.preset(name).config("mine")
+    assert (config.family, config.mixed_precision, config.gradient_checkpointing) == (
+        name,
+        "bf16",
+        True,
+    )
+    assert (config.data.resolution, config.train_batch_size) == (resolution, 1)
+    assert (config.num_inference_steps, config.guidance_scale) == (steps, guidance)
+    assert (config.learning_rate, config.adam_weight_decay) == (1e-4, decay)
 
 
 def test_setup_prints_what_it_returns(capsys):

@@ -77,6 +77,11 @@ def config_of(model, spec, folder, **changes):
     return TrainConfig(**settings | changes)
 
 
+def test_no_family_of_the_guide_is_missing():
+    guide = {"sd", "sdxl", "kandinsky_decoder", "kandinsky_prior", "wuerstchen"}
+    assert guide | {"sd3", "flux"} <= set(REGISTRY) == set(PREDICTION_TYPES) == set(tiny.BUILDERS)
+
+
 def test_the_index_names_the_family(model):
     assert guess(str(model[1])) == model[0]
 
@@ -196,6 +201,60 @@ def test_min_snr_weighs_each_picture(model, spec):
     expected = (result.per_image * family.objective.weight(result.timesteps)).mean()
     assert torch.allclose(result.loss, expected)
     assert not torch.allclose(result.loss, result.per_image.mean())
+
+
+def test_text_encoders_are_all_that_the_family_trains(family):
+    main, *texts = family.targets
+    lora = {"unet": LoraSpec(), "text_encoders": LoraSpec(rank=2)}
+    if texts:
+        expected = {main: LoraSpec()} | dict.fromkeys(texts, LoraSpec(rank=2))
+        assert adapters.named(family, lora) == expected
+        with pytest.raises(ConfigError, match="names 'text_encoder' twice"):
+            adapters.named(family, {"text_encoder": LoraSpec()} | lora)
+    else:
+        with pytest.raises(ConfigError, match="has none that can be trained"):
+            adapters.named(family, lora)
+
+
+FLOW = {
+    "weighting_scheme": "mode", "logit_mean": 0.5, "logit_std": 2.0, "mode_scale": 0.7, "precondition_outputs": 1
+}  # fmt: skip
+
+
+def test_settings_of_flow_matching_reach_it_or_are_refused(model, spec, tmp_path):
+    own = {"max_sequence_length": 5}
+    if model[0] == "flux":
+        own["training_guidance_scale"] = 1.5
+    config = config_of(model, spec, tmp_path, **FLOW, **own)
+    if model[0] not in ("sd3", "flux"):
+        with pytest.raises(ConfigError, match="no use for weighting_scheme, logit_mean, logit_std"):
+            train(config)
+        return
+    family = train(config).family
+    assert {name: getattr(family.objective, name) for name in FLOW} == FLOW
+    assert family.t5_tokens == 5
+    if model[0] == "flux":
+        assert family.training_guidance_scale == 1.5
+    else:
+        with pytest.raises(ConfigError, match="no use for training_guidance_scale"):
+            load_family("auto", str(model[1]), training_guidance_scale=2.0)
+    plain = load_family("auto", str(model[1])).objective
+    assert (plain.logit_mean, plain.logit_std, plain.mode_scale) == (0.0, 1.0, 1.29)
+
+
+def test_another_autoencoder_takes_the_place_of_the_models(model, family, tmp_path):
+    if not hasattr(family, "vae"):
+        with pytest.raises(ConfigError, match="no use for vae"):
+            load_family("auto", str(model[1]), vae=str(tmp_path))
+        return
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    own = family.moments(pixels)[0]
+    for weight in family.vae.parameters():
+        weight.data *= 1.1
+    family.vae.save_pretrained(tmp_path)
+    other = load_family("auto", str(model[1]), vae=str(tmp_path))
+    assert torch.equal(other.moments(pixels)[0], family.moments(pixels)[0])
+    assert not torch.allclose(other.moments(pixels)[0], own)
 
 
 def test_training_lowers_the_probe_and_the_file_holds_all_of_it(model, spec, tmp_path):

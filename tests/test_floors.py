@@ -9,10 +9,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lora_nb"
 # Within a floor a module may import those to its left.
 FLOORS = (
-    ("errors", "files", "show", "config", "flags", "rng", "env"),
+    ("errors", "redaction", "files", "show", "config", "flags", "rng", "env"),
     ("objectives", "data", "families"),
     ("adapters", "cache", "loss", "formats", "optimization"),
-    ("class_pictures", "checkpoint", "run_folder", "probe", "optimization", "trainer", "inference"),
+    (
+        "class_pictures", "memory", "lock", "checkpoint", "run_folder", "run_state", "stopping", "health", "probe",
+        "optimization", "trainer", "inference",
+    ),
     ("judge", "metrics", "plots", "report"),
     ("widgets", "checks", "cli", "__main__"),
 )

@@ -215,7 +215,7 @@ def test_unet_in_a_config_is_the_network_of_any_family(model, spec, tmp_path):
 
 def test_two_names_for_one_network_are_refused(tmp_path):
     family = load_family("auto", str(tiny.build("kandinsky_prior", tmp_path)))
-    with pytest.raises(ConfigError, match="both 'unet' and 'prior'"):
+    with pytest.raises(ConfigError, match="lora names 'prior' twice"):
         adapters.named(family, {"unet": LoraSpec(), "prior": LoraSpec()})
 
 

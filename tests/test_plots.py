@@ -63,6 +63,7 @@ FIGURES = {
     "score_curves": lambda: plots.score_curves(
         [0, 1], {"style": [metrics.share([0, 0, 1]), metrics.share([1, 1, 1])]}, "scale"
     ),
+    "snr_by_draw": lambda: plots.snr_by_draw({"sd": [0.0, 2.0, 9.0], "flux": [1.0]}),
     "probe_by_timestep": lambda: plots.probe_by_timestep([(10, 0.4, 0.5), (10, 0.3, 0.2)]),
     "singular_values": lambda: plots.singular_values({"BA": [3.0, 1.0, 1e-12]}, rank=2),
     "strength_bars": lambda: plots.strength_bars([("unet", "down_blocks.0.to_q", 0.1, 2.0)]),
@@ -189,6 +190,12 @@ def test_probe_by_timestep_shows_the_change_against_the_base():
     upper, lower = plots.probe_by_timestep(draws, bins=2).axes
     assert [bar.get_height() for bar in lower.patches] == pytest.approx([-10, 20])
     assert lines_of(upper, "base model").get_ydata() == pytest.approx([1, 1])
+
+
+def test_snr_by_draw_sorts_the_draws_and_keeps_zero_on_the_axis():
+    axes = plots.snr_by_draw({"sd": [4.0, 0.0, 100.0]}).axes[0]
+    assert list(axes.lines[0].get_xdata()) == [0, 0.5, 1]
+    assert list(axes.lines[0].get_ydata()) == [100, 4, 1e-4]
 
 
 def test_score_curves_draw_the_means_and_the_intervals():

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from lora_nb import adapters, checkpoint, run_folder, trainer
+from lora_nb import adapters, checkpoint, data, run_folder, trainer
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, DataError, LoraNbError, NumericsError
 from lora_nb.optimization import learning_rate_factors
@@ -83,16 +85,15 @@ def test_accumulation_equals_one_larger_batch(config):
 
 def test_clipping_sees_every_weight(config, monkeypatch):
     seen = []
-    real = torch.nn.utils.clip_grad_norm_
+    real = torch.nn.utils.clip_grads_with_norm_
 
-    def spy(parameters, max_norm, **options):
+    def spy(parameters, max_norm, total):
         parameters = list(parameters)
-        norm = real(parameters, max_norm, **options)
+        real(parameters, max_norm, total)
         after = math.sqrt(sum(p.grad.norm().item() ** 2 for p in parameters))
         seen.append((len(parameters), after))
-        return norm
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", spy)
     training = train(config.replace(max_grad_norm=1e-3))
     steps = list(training)
     count = sum(len(weights) for weights in training.weights.values())
@@ -138,7 +139,7 @@ def test_the_run_folder_is_complete(config):
 
 def test_the_first_probe_is_taken_from_the_base_because_nothing_has_changed_yet(config):
     training = train(config)
-    training._start_probe(0)
+    training._start_probe()
     assert training.probe.measure(0) == training.probe.untrained()  # measured, and exactly equal
     assert training.probe.untrained().difference == 0
 
@@ -166,7 +167,8 @@ def test_a_seed_is_drawn_written_down_and_kept(config):
 def test_a_finished_run_does_nothing_more(config):
     list(train(config))
     before = (Path(config.output_dir) / "pytorch_lora_weights.safetensors").read_bytes()
-    again = train(config)
+    with pytest.warns(UserWarning, match="already finished at step 4 of 4: raise max_train_steps"):
+        again = train(config)
     assert again.start_step == 4
     assert list(again) == []
     assert not again.interrupted
@@ -299,6 +301,287 @@ def test_non_finite_losses_stop_before_the_optimizer(config):
         torch.equal(good["unet"][k], v) for k, v in adapters.state(training.family)["unet"].items()
     )
     assert checkpoint.latest(Path(config.output_dir)).step == 1
+
+
+def finite(folder):
+    """Whether every number in every file of a run is finite."""
+    tensors = [t for p in checkpoint.found(folder) for t in checkpoint.read(p).tensors.values()]
+    if (adapter := folder / "pytorch_lora_weights.safetensors").is_file():
+        tensors += safetensors.torch.load_file(adapter).values()
+    return all(torch.isfinite(t).all() for t in tensors)
+
+
+def test_a_learning_rate_beyond_all_bounds_is_noticed_in_its_own_step_and_not_kept(config):
+    steps = iter(train(config.replace(learning_rate=1e30, checkpointing_steps=1)))
+    with pytest.raises(
+        NumericsError, match=r"After step 1 the norm .* last checkpoint is of step 0"
+    ):
+        next(steps)
+    assert checkpoint.found(Path(config.output_dir)) == []
+    assert not (Path(config.output_dir) / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_one_poisoned_picture_is_named_and_its_steps_are_not_taken(config):
+    training = train(config.replace(train_batch_size=1, max_train_steps=8, checkpointing_steps=1))
+    make = training.cache.batch
+
+    def poisoned(positions):
+        batch = make(positions)
+        if positions == [3]:
+            batch.moments[0].fill_(float("nan"))
+        return batch
+
+    training.cache.batch = poisoned
+    row = data.row_at(3, 8, 3)
+    name = training.pictures.rows[row].name
+    with pytest.raises(NumericsError, match=f"step 4 is nan .*{name}.*learning rate"):
+        list(training)
+    assert checkpoint.latest(Path(config.output_dir)).step == 3
+    assert finite(Path(config.output_dir))
+
+
+def test_moments_that_are_not_finite_are_not_saved(config):
+    training = train(config.replace(checkpointing_steps=1))
+    steps = iter(training)
+    next(steps)
+    next(iter(training.optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
+    with pytest.raises(NumericsError, match=r"exp_avg_sq is not finite after step 2"):
+        next(steps)
+    assert [checkpoint.step_of(p) for p in checkpoint.found(Path(config.output_dir))] == [1]
+    assert finite(Path(config.output_dir))
+
+
+@pytest.mark.parametrize("asked", ["setting", "environment"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_trainable_weights_are_float32_however_precision_is_asked_for(
+    config, monkeypatch, precision, asked
+):
+    if asked == "setting":
+        config = config.replace(mixed_precision=precision)
+    else:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    next(iter(train(config)))
+    resumed = train(config)
+    weights = [w for part in resumed.weights.values() for w in part]
+    base = {w.dtype for w in resumed.family.unet.parameters() if not w.requires_grad}
+    assert {w.dtype for w in weights} == {torch.float32}
+    assert base == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert resumed.start_step == 1
+
+
+def test_fp16_without_a_gpu_is_refused_also_from_the_environment(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ConfigError, match="no GPU"):
+        train(config)
+
+
+def test_a_run_that_changed_nothing_is_an_error_with_its_reason(config):
+    idle = config.replace(
+        lr_scheduler="constant_with_warmup", lr_warmup_steps=10, max_train_steps=1
+    )
+    for _ in range(2):  # running it again does not hide it
+        with pytest.raises(
+            NumericsError, match=r"B is zero in every layer.*rate was 0.*warmup_steps 10"
+        ):
+            list(train(idle))
+    assert not (Path(config.output_dir) / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_step_says_whether_the_adapters_live(config):
+    lora = {"unet": LoraSpec(rank=2), "text_encoder": LoraSpec(rank=2)}
+    training = train(config.replace(lora=lora, max_train_steps=51))
+    training.peaks["text_encoder"] = 0.0  # its optimizer group never moves
+    with pytest.warns(
+        UserWarning, match="After 50 steps B is still zero in every layer of text_enc"
+    ):
+        steps = list(training)
+    assert [s.step for s in steps if s.health] == [1, 50, 51]
+    assert steps[49].health.zero_b == {"unet": 0.0, "text_encoder": 1.0}
+    assert steps[49].health.moved["unet"] > 0.99
+    assert steps[49].health.moved["text_encoder"] == 0
+    for step in steps:
+        assert step.grad_norms.keys() == lora.keys()
+        assert step.grad_norm == pytest.approx(math.hypot(*step.grad_norms.values()))
+    assert [e["step"] for e in events(config, "step") if "health" in e] == [1, 50, 51]
+    assert [e["step"] for e in events(config, "alarm")] == [50]
+
+
+def memory_for(training, pictures, where):
+    """Let memory end beyond so many pictures, in the network's forward or, with all gradients there, in backward."""
+    failed = []
+
+    def check(module, values, *rest):
+        if len(values[0]) > pictures:
+            held = torch.zeros(1000)
+            failed.append((weakref.ref(held), len(values[0])))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+
+    layer = training.family.unet.conv_in
+    if where == "forward":
+        layer.register_forward_pre_hook(check)
+    else:
+        layer.register_full_backward_pre_hook(lambda module, grad: check(module, grad))
+        hold = layer.register_forward_pre_hook(lambda module, x: x[0].requires_grad_())
+        assert hold
+    return failed
+
+
+@pytest.mark.parametrize(("where", "fits"), [("forward", 3), ("forward", 1), ("backward", 2)])
+def test_out_of_memory_halves_the_micro_batch_with_the_same_result(config, where, fits):
+    config = config.replace(
+        train_batch_size=5, gradient_accumulation_steps=2, random_flip=True, probe_size=1
+    )
+    plenty = list(train(config.replace(output_dir=config.output_dir + "-plenty")))
+    training = train(config)
+    failed = memory_for(training, fits, where)
+    with pytest.warns(
+        UserWarning, match=rf"ran out in step 1: from now on {fits} pictures at a time"
+    ):
+        tight = list(training)
+    assert {1: [2, 2, 2, 5, 3, 2], 2: [5, 3], 3: [5]}[fits] == [size for _, size in failed]
+    # With room for one only, the batches of the probe (two draws) were halved first.
+    assert all(held() is None for held, _ in failed)  # what a failed attempt held is free
+    for a, b in zip(plenty, tight, strict=True):
+        assert a.timesteps == b.timesteps
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.per_image == pytest.approx(b.per_image, rel=1e-3)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
+    assert [e["micro_batch"] for e in events(config, "memory")] == [fits]
+    saved = checkpoint.latest(Path(config.output_dir))
+    assert saved.meta["micro_batch"] == fits
+
+
+def test_a_run_short_of_memory_goes_on_exactly(config):
+    config = config.replace(train_batch_size=4, probe_size=1)
+    results = []
+    for name, stop in (("whole", None), ("parts", 2), ("parts", None)):
+        training = train(config.replace(output_dir=f"{config.output_dir}-{name}"))
+        if training.start_step == 0:
+            memory_for(training, 2, "forward")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for step in training:
+                results.append((step.step, step.loss))
+                if step.step == stop:
+                    break
+    assert results[4:] == results[:4]
+
+
+def test_a_single_picture_too_large_is_one_sentence(config):
+    training = train(config)
+    training._start_probe()
+    memory_for(training, 0, "forward")
+    with pytest.raises(
+        ConfigError, match=r"A single picture does not fit into memory .*resolution"
+    ):
+        list(training)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(config):
+    training = train(config)
+    training._start_probe()
+    training.family.unet.conv_in.register_forward_pre_hook(lambda m, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(training)
+
+
+def test_an_accumulation_window_is_always_full_and_crosses_epochs(config):
+    """8 pictures, batch 1, accumulation 3: no remainder is left, so none is divided by the wrong number."""
+    training = train(
+        config.replace(train_batch_size=1, gradient_accumulation_steps=3, max_train_steps=8)
+    )
+    seen, make = [], training.cache.batch
+    training.cache.batch = lambda positions: seen.extend(positions) or make(positions)
+    steps = list(training)
+    assert seen == list(range(24))
+    rows = [data.row_at(p, 8, 3) for p in seen]
+    assert all(sorted(rows[k : k + 8]) == list(range(8)) for k in (0, 8, 16))
+    for step in steps:
+        assert len(step.per_image) == 3
+        assert step.loss == pytest.approx(sum(step.per_image) / 3, rel=1e-6)
+    assert training.steps_per_epoch == 3
+
+
+def test_the_last_step_is_saved_whatever_the_interval(config):
+    list(train(config.replace(max_train_steps=10, checkpointing_steps=4, probe_size=1)))
+    steps = [checkpoint.step_of(p) for p in checkpoint.found(Path(config.output_dir))]
+    assert steps == [10, 8, 4]
+
+
+def test_going_back_to_an_older_checkpoint_leaves_the_other_way(config):
+    """Otherwise the next resume would take the newest checkpoint of a way that was left."""
+    list(train(config.replace(checkpointing_steps=1)))
+    back = config.replace(
+        resume_from_checkpoint="checkpoint-2",
+        learning_rate=1e-3,
+        resume_override=("learning_rate",),
+    )
+    for step in train(back):
+        assert step.step == 3
+        break
+    steps = [checkpoint.step_of(p) for p in checkpoint.found(Path(config.output_dir))]
+    assert steps == [3, 2, 1]
+    assert train(back.replace(resume_from_checkpoint=None)).start_step == 3
+
+
+def test_a_checkpoint_elsewhere_begins_a_new_folder_and_no_other_is_taken_for_it(config):
+    list(train(config.replace(checkpointing_steps=2)))
+    elsewhere = config.replace(output_dir=config.output_dir + "-b")
+    from_two = elsewhere.replace(resume_from_checkpoint=f"{config.output_dir}/checkpoint-2/")
+    assert [s.step for s in train(from_two)] == [3, 4]
+    wrong = config.replace(resume_from_checkpoint="/nowhere/checkpoint-2")
+    with pytest.raises(
+        CheckpointError, match=r"no complete checkpoint at /nowhere.*checkpoint-4, check"
+    ):
+        train(wrong)
+    third = config.replace(output_dir=config.output_dir + "-c", resume_from_checkpoint=None)
+    list(train(third))
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        train(third.replace(resume_from_checkpoint=f"{config.output_dir}/checkpoint-2"))
+
+
+def test_another_base_model_under_the_same_name_is_refused(config, tmp_path, tiny_sd):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sd, base)
+    config = config.replace(pretrained_model_name_or_path=str(base))
+    next(iter(train(config)))
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({k: v + 0.1 for k, v in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"weights of the base model.*base was \w+, now \w+"):
+        train(config)
+    assert train(config.replace(resume_override=("base",))).start_step == 1
+
+
+def test_a_second_loop_over_the_same_training_goes_on(config):
+    straight = [s.loss for s in train(config.replace(output_dir=config.output_dir + "-a"))]
+    training, losses = train(config), []
+    for stop in (1, 3, 9):
+        for step in training:
+            losses.append(step.loss)
+            if step.step == stop:
+                break
+    assert losses == straight
+    assert not training.interrupted
+
+
+def test_a_second_interrupt_after_the_optimizer_step_does_not_mix_two_steps(config, monkeypatch):
+    """Whenever the loop dies, weights and step number in the checkpoint belong together."""
+    straight = list(train(config.replace(output_dir=config.output_dir + "-a")))
+    training = train(config)
+    steps = iter(training)
+    next(steps)
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_record_of", dies)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    assert checkpoint.latest(Path(config.output_dir)).step == 2
+    assert [s.loss for s in train(config)] == [s.loss for s in straight[2:]]
 
 
 def test_validation_pictures_are_never_trained_on(config):

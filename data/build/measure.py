@@ -108,14 +108,7 @@ def measure_guidance(args: argparse.Namespace) -> dict:
     """Style and concept over guidance and its rescale, on every fourth caption of `seen_captions`."""
     rows, result = seen_captions()[::4], {}
     pipeline = load_pipeline(str(args.base))
-    for guidance, rescale in (
-        (1.0, 0.0),
-        (2.0, 0.7),
-        (3.0, 0.0),
-        (3.0, 0.7),
-        (5.0, 0.7),
-        (8.0, 0.7),
-    ):
+    for guidance, rescale in ((1.0, 0.0), (2.0, 0.7), (3.0, 0.7), (5.0, 0.7)):
         pictures = generate(
             pipeline,
             [r[0] for r in rows],
@@ -257,10 +250,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, help="learning rate; empty means the preset's")
     parser.add_argument("--steps", type=int, default=100, help="of the subject's run")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=WORK / "measured", help="pictures and runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(args.threads)
     measures = {
         "base": measure_base,
         "guidance": measure_guidance,

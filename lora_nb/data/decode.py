@@ -5,7 +5,7 @@ Sizes and crops for training are in transforms.
 
 import io
 import warnings
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -25,6 +25,8 @@ SUFFIXES = {
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # an uncompressed RGBA picture of MAX_PIXELS
 
+ORIENTATION = 0x0112  # the EXIF tag
+
 RESAVE = "open it in a picture editor and save it again as PNG, or remove it"
 SHRINK = f"save it smaller than {MAX_PIXELS // 1_000_000} megapixels"
 
@@ -37,12 +39,15 @@ class BadPicture(Exception):
         self.what, self.fix = what, fix
 
 
+Remark = tuple[str, str, str]  # severity, what, fix
+
+
 class Decoded(NamedTuple):
-    """A picture ready for use, its format (one of FORMATS), and remarks (severity, what, fix) on it."""
+    """A picture ready for use, its format (one of FORMATS), and remarks on it."""
 
     image: Image.Image
     format: str
-    remarks: list[tuple[str, str, str]]
+    remarks: list[Remark]
 
 
 def decode(data: bytes) -> Decoded:
@@ -50,25 +55,17 @@ def decode(data: bytes) -> Decoded:
 
     Raises BadPicture. The header is checked (format, size) before any pixel is decoded.
     """
-    if not data:
-        fix = "copy it again from its source, or remove it"
-        raise BadPicture("the file is empty (0 bytes)", fix)
-    image = _open(data)
-    kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with a thumbnail
+    image, kind = _open(io.BytesIO(data))
     try:
-        animated = kind != "JPEG" and getattr(image, "is_animated", False)
+        remarks = _remarks(image, kind)
         image.load()
-        turned = image.getexif().get(0x0112) in range(2, 9)  # the orientation tag
+        turned = image.getexif().get(ORIENTATION) in range(2, 9)
         upright = ImageOps.exif_transpose(image)
         rgb, note = _to_rgb(upright)
     except BadPicture:
         raise
     except Exception as error:  # Pillow's decoders raise some ten kinds on damaged data
         raise BadPicture(f"the picture cannot be decoded ({_reason(error)})", RESAVE) from error
-    remarks = []
-    if animated:
-        fix = "only the first frame is used; save another as PNG to use that one"
-        remarks.append(("warning", f"has several frames ({kind})", fix))
     if turned:
         remarks.append(("note", "has an EXIF rotation", "it is turned upright when loaded"))
     if note:
@@ -76,12 +73,41 @@ def decode(data: bytes) -> Decoded:
     return Decoded(rgb, kind, remarks)
 
 
-def _open(data: bytes) -> Image.Image:
+def header(stream: BinaryIO) -> tuple[str, int, int, list[Remark]]:
+    """Format, upright width and height in pixels, and remarks, without decoding; raises BadPicture.
+
+    The rotation of a PNG may stand behind its pixels and is not seen.
+    """
+    image, kind = _open(stream)
+    try:
+        remarks = _remarks(image, kind)
+        seen = kind != "PNG" or "exif" in image.info  # else Pillow decodes to look for it
+        across = seen and image.getexif().get(ORIENTATION) in range(5, 9)
+    except Exception as error:  # as in decode
+        raise BadPicture(f"the picture cannot be opened ({_reason(error)})", RESAVE) from error
+    return (kind, *(image.size[::-1] if across else image.size), remarks)
+
+
+def _remarks(image: Image.Image, kind: str) -> list[Remark]:
+    if kind == "JPEG" or not getattr(image, "is_animated", False):
+        return []
+    fix = "only the first frame is used; save another as PNG to use that one"
+    return [("warning", f"has several frames ({kind})", fix)]
+
+
+def _open(stream: BinaryIO) -> tuple[Image.Image, str]:
+    """The picture, not yet decoded, and its format; raises BadPicture."""
+    if not stream.read(1):
+        fix = "copy it again from its source, or remove it"
+        raise BadPicture("the file is empty (0 bytes)", fix)
+    stream.seek(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # our own limit is lower
+            image = Image.open(stream, formats=FORMATS)
+    except Image.DecompressionBombError as error:
         raise BadPicture("has far more pixels than can be trained on", SHRINK) from error
     except Image.UnidentifiedImageError as error:
         what = f"is not a picture in one of the formats {', '.join(FORMATS)}"
@@ -90,7 +116,7 @@ def _open(data: bytes) -> Image.Image:
         raise BadPicture(f"the picture cannot be opened ({_reason(error)})", RESAVE) from error
     if image.width * image.height > MAX_PIXELS:
         raise BadPicture(f"is {image.width} x {image.height} pixels", SHRINK)
-    return image
+    return image, "JPEG" if image.format == "MPO" else str(image.format)  # MPO: with a thumbnail
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, str] | None]:

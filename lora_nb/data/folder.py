@@ -57,9 +57,9 @@ def split_folder(spec: DataSpec, split: str, problems: Problems) -> Path | None:
 def read_folder(root: Path, spec: DataSpec, problems: Problems) -> list[Found]:
     """Rows of a folder: metadata.jsonl or metadata.csv in it or below, else a text file beside each picture."""
     files, refused = _walk(root, problems)
-    pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
-    lists = [name for name in files if PurePosixPath(name).name in METADATA]
-    if not pictures and not any(Path(name).suffix.lower() in SUFFIXES for name in refused):
+    pictures = [name for name in files if _suffix(name) in SUFFIXES]
+    lists = [name for name in files if name.rpartition("/")[2] in METADATA]
+    if not pictures and not any(_suffix(name) in SUFFIXES for name in refused):
         _report_nothing(root, files, problems)
         return []
     if spec.instance_prompt is not None:
@@ -72,39 +72,73 @@ def read_folder(root: Path, spec: DataSpec, problems: Problems) -> list[Found]:
     return rows
 
 
-def _walk(root: Path, problems: Problems) -> tuple[dict[str, Path], set[str]]:
-    """Plain files by their path inside the folder, sorted, and the names that are refused."""
-    files: dict[str, Path] = {}
+def _walk(root: Path, problems: Problems) -> tuple[dict[str, str], set[str]]:
+    """Plain files by their path inside the folder, sorted, and the names that are refused.
+
+    Paths are plain strings here and below: a set may have 100,000 pictures.
+    """
+    files: dict[str, str] = {}
     refused: set[str] = set()
     home = root.resolve()
-    for folder, folders, names in os.walk(root):  # does not follow links
-        at = Path(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in [n for n in HELD_OUT if n in folders and at == root]:
-            folders.remove(name)
-            problems.note(f"{name}/", "is a held-out split", "it is not read here")
-        for name in [n for n in folders if (at / n).is_symlink()]:
-            where = f"{(at / name).relative_to(root).as_posix()}/"
-            problems.error(where, "is a link to a folder", COPY)
-        for name in sorted(n for n in names if not n.startswith(".")):
-            path = at / name
-            key = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-            if path.is_symlink() and not path.resolve().is_relative_to(home):
-                refused.add(key)
-                problems.error(key, "is a link that leaves the folder", COPY)
-            elif not path.is_file():
-                refused.add(key)
-                problems.error(key, "is not a plain file (a broken link or a device)", COPY)
-            else:
-                files[key] = path
-                if (suffix := path.suffix.lower()) in OTHER_PICTURES:
-                    fix = f"save it in one of {', '.join(SUFFIXES)}"
-                    problems.warning(key, f"pictures of type {suffix} are not read", fix)
+    waiting = [("", str(root))]
+    while waiting:
+        inside, folder = waiting.pop()
+        folders = []
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                key = unicodedata.normalize("NFC", inside + entry.name)
+                if _is_folder(entry):
+                    if _is_read(entry, key, problems):
+                        folders.append((f"{key}/", entry.path))
+                elif not entry.name.startswith("."):
+                    if _is_plain(entry, key, home, problems):
+                        files[key] = entry.path
+                    else:
+                        refused.add(key)
+        waiting += reversed(folders)
     return files, refused
 
 
-def _report_nothing(root: Path, files: dict[str, Path], problems: Problems) -> None:
-    suffixes = {Path(name).suffix.lower() for name in files}
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_read(folder: os.DirEntry[str], key: str, problems: Problems) -> bool:
+    if folder.name.startswith("."):
+        problems.note(f"{key}/", "is a hidden folder", "it is not read")
+    elif folder.is_symlink():
+        problems.error(f"{key}/", "is a link to a folder", COPY)
+    elif key in HELD_OUT:
+        problems.note(f"{key}/", "is a held-out split", "it is not read here")
+    else:
+        return True
+    return False
+
+
+def _is_plain(file: os.DirEntry[str], key: str, home: Path, problems: Problems) -> bool:
+    linked = file.is_symlink()
+    if linked and not Path(os.path.realpath(file.path)).is_relative_to(home):
+        problems.error(key, "is a link that leaves the folder", COPY)
+        return False
+    if not (os.path.isfile(file.path) if linked else file.is_file()):  # a link may lead in a circle
+        problems.error(key, "is not a plain file (a broken link or a device)", COPY)
+        return False
+    if (suffix := _suffix(key)) in OTHER_PICTURES:
+        fix = f"save it in one of {', '.join(SUFFIXES)}"
+        problems.warning(key, f"pictures of type {suffix} are not read", fix)
+    return True
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _text_beside(name: str) -> str:
+    return f"{os.path.splitext(name)[0]}.txt"
+
+
+def _report_nothing(root: Path, files: dict[str, str], problems: Problems) -> None:
+    suffixes = set(map(_suffix, files))
     fix = "put pictures there, or name another folder"
     if ".parquet" in suffixes:
         fix = "give a folder of parquet files as dataset_name instead of train_data_dir"
@@ -115,7 +149,7 @@ def _report_nothing(root: Path, files: dict[str, Path], problems: Problems) -> N
 
 
 def _from_metadata(
-    files: dict[str, Path],
+    files: dict[str, str],
     refused: set[str],
     lists: list[str],
     spec: DataSpec,
@@ -127,20 +161,23 @@ def _from_metadata(
     spelled = {name.lower(): name for name in files}
     for name in lists:
         folder = PurePosixPath(name).parent
-        if PurePosixPath(name).name != METADATA[0] and str(folder / METADATA[0]) in lists:
+        prefix = "" if folder == PurePosixPath(".") else f"{folder}/"
+        if name != f"{prefix}{METADATA[0]}" and f"{prefix}{METADATA[0]}" in lists:
             fix = f"it is not read beside {METADATA[0]}; remove one of them"
             problems.warning(name, "is a second metadata file", fix)
             continue
-        lines = read_lines(files[name], name, problems)
+        lines = read_lines(Path(files[name]), name, problems)
         columns = choose_columns(lines, name, spec, problems)
         if columns is None:
             continue
         for line in lines:
-            key = _inside(folder, line.values.get(columns.file))
+            value = line.values.get(columns.file)
+            key = prefix + value if isinstance(value, str) else None
+            if key not in files:  # the slow way
+                key = _inside(folder, value)
             if key in refused:
                 continue
             if key not in files:
-                value = line.values.get(columns.file)
                 _report_lost(f"{name} line {line.number}", value, key, spelled, problems)
                 continue
             named.add(key)
@@ -182,21 +219,21 @@ def _report_lost(
 
 
 def _report_leftovers(
-    files: dict[str, Path], pictures: list[str], named: set[str], problems: Problems
+    files: dict[str, str], pictures: list[str], named: set[str], problems: Problems
 ) -> None:
     """Pictures that no metadata row names, and text files that metadata makes unread."""
     for name in pictures:
         if name not in named:
             fix = "it is left out; add a line to the metadata file"
             problems.warning(name, "has no line in the metadata", fix)
-    unread = [n for n in pictures if str(PurePosixPath(n).with_suffix(".txt")) in files]
+    unread = [n for n in pictures if _text_beside(n) in files]
     if unread:
         what = f"there are .txt files beside {len(unread)} of the pictures too"
         problems.note("metadata", what, "the captions of the metadata file are used")
 
 
 def _with_one_caption(
-    files: dict[str, Path], pictures: list[str], lists: list[str], caption: str, problems: Problems
+    files: dict[str, str], pictures: list[str], lists: list[str], caption: str, problems: Problems
 ) -> list[Found]:
     if lists or any(name.lower().endswith(".txt") for name in files):
         what = f"the pictures have captions of their own; instance_prompt {caption!r} is used"
@@ -205,22 +242,25 @@ def _with_one_caption(
 
 
 def _from_sidecars(
-    root: Path, files: dict[str, Path], pictures: list[str], problems: Problems
+    root: Path, files: dict[str, str], pictures: list[str], problems: Problems
 ) -> list[Found]:
     texts = {name for name in files if name.lower().endswith(".txt")}
-    beside = {name: str(PurePosixPath(name).with_suffix(".txt")) for name in pictures}
+    beside = {name: _text_beside(name) for name in pictures}
     if pictures and not texts & set(beside.values()):
-        other = [name for name in files if Path(name).suffix in (".jsonl", ".json", ".csv")]
+        other = [name for name in files if _suffix(name) in (".jsonl", ".json", ".csv", ".parquet")]
         what = "no captions found: neither metadata.jsonl nor text files beside the pictures"
         if other:
             what += f" (there is {other[0]}, which is not a name that is read)"
         problems.error(str(root), what, NO_CAPTIONS)
         return []
-    rows = []
+    rows, owner = [], {}
     for name, text in beside.items():
+        if (first := owner.setdefault(text, name)) != name:
+            fix = "both have the same caption; rename one of the pictures"
+            problems.warning(name, f"shares its caption file {text} with {first}", fix)
         if text not in texts:
             problems.error(name, "has no caption", "write it into a .txt file of the same name")
-        elif (caption := read_text(files[text], text, problems)) is not None:
+        elif (caption := read_text(Path(files[text]), text, problems)) is not None:
             rows.append(Found(name, name, (" ".join(caption.split()),), FileSource(files[name])))
     for text in sorted(texts - set(beside.values())):
         fix = "add the picture of the same name, or remove the text"

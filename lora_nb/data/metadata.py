@@ -4,6 +4,7 @@ import csv
 import difflib
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from lora_nb.data.report import Problems
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first wins where both are
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "sentence")
+SURROGATE = re.compile("[\ud800-\udfff]")
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png")
 
 
@@ -64,9 +66,9 @@ def _json_lines(text: str, name: str, problems: Problems) -> list[Line]:
             continue
         where, fix = f"{name} line {number}", "write one JSON object per line, in double quotes"
         try:
-            values = json.loads(line)
+            values = DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            reason = "nested too deeply"
+            reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
             if isinstance(error, json.JSONDecodeError):
                 reason = f"{error.msg}, column {error.colno}"
             problems.error(where, f"is not JSON ({reason})", fix)
@@ -80,10 +82,26 @@ def _json_lines(text: str, name: str, problems: Problems) -> list[Line]:
     return lines
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def _csv_lines(text: str, name: str, problems: Problems) -> list[Line]:
     lines = []
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        columns = reader.fieldnames or []
+        if twice := sorted({c for c in columns if columns.count(c) > 1}):
+            fix = "give each column a name of its own"
+            problems.error(name, f"has two columns {twice[0]!r}", fix)
+            return []
         for values in reader:
             extra = values.pop(None, None)
             if extra:
@@ -93,7 +111,7 @@ def _csv_lines(text: str, name: str, problems: Problems) -> list[Line]:
             else:
                 lines.append(Line(reader.line_num, dict(values)))
     except csv.Error as error:
-        where, fix = f"{name} line {reader.line_num}", "check the quotes in this line"
+        where, fix = f"{name} line {reader.reader.line_num}", "check the quotes in this line"
         problems.error(where, f"is not CSV ({error})", fix)
     return lines
 
@@ -111,6 +129,8 @@ def choose_columns(
         fix = "name the column with the picture's path file_name"
         if "file_name" in columns:
             fix = "leave image_column at 'image', which reads file_name"
+        elif len(columns) == 1 and any(sign in columns[0] for sign in ";\t|"):
+            fix = "separate the columns by commas"
         problems.error(name, f"has no column {file!r}; its columns are {', '.join(columns)}", fix)
     rest = [c for c in columns if c != file]
     captioned = check_column(name, "caption_column", spec.caption_column, rest, problems)
@@ -141,7 +161,7 @@ def captions_of(value: Any, where: str, problems: Problems) -> tuple[str, ...] |
         what = "the list of captions is empty"
     elif bad := [c for c in captions if not isinstance(c, str)]:
         what = f"the caption is not a text but {bad[0]!r}"
-    elif any("\ud800" <= char <= "\udfff" for c in captions for char in c):
+    elif any(SURROGATE.search(caption) for caption in captions):
         what = "the caption has half of a character pair (a lone surrogate)"
     else:
         return tuple(captions)

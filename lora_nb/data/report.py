@@ -19,11 +19,16 @@ class Row:
 
     index: int
     name: str  # path inside the folder, or the row of a table
-    file: Path | None  # None where the picture lies inside a table
+    path: str | None  # of the file; None where the picture lies inside a table
     captions: tuple[str, ...]  # at least one; more than one means a choice by counter
     width: int
     height: int
     extra: dict[str, Any] = field(default_factory=dict)  # other metadata columns, such as "concept"
+
+    @property
+    def file(self) -> Path | None:
+        """The picture's file."""
+        return None if self.path is None else Path(self.path)
 
     @property
     def caption(self) -> str:
@@ -39,6 +44,12 @@ class Problem:
     where: str
     what: str
     fix: str
+
+    def __post_init__(
+        self,
+    ) -> None:  # names and captions are anybody's: no control codes to a terminal
+        for name in ("where", "what"):
+            object.__setattr__(self, name, _printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}; {self.fix}."
@@ -141,6 +152,12 @@ class Report:
                 if problem.severity == severity:
                     groups.setdefault((severity, problem.fix), []).append(problem)
         yield from groups.values()
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _count(n: int, noun: str) -> str:

@@ -1,8 +1,10 @@
 """Rows with the place of their picture, as folders and tables both give them; nothing is decoded here."""
 
+import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -14,18 +16,34 @@ from lora_nb.data.decode import MAX_BYTES, SHRINK, BadPicture
 class FileSource:
     """A picture file on disk."""
 
-    file: Path
+    path: str
+
+    def mark(self) -> tuple[int, int]:
+        """Size in bytes and time of change in nanoseconds; raises BadPicture as `read` does."""
+        try:
+            found = os.stat(self.path)
+        except OSError as error:
+            raise _unreadable(error) from error
+        if found.st_size > MAX_BYTES:
+            raise BadPicture(f"the file has {found.st_size / 1e6:.0f} MB", SHRINK)
+        return found.st_size, found.st_mtime_ns
 
     def read(self) -> bytes:
         """The bytes of the file; raises BadPicture if there are too many or none can be read."""
+        with self.open() as stream:
+            return stream.read()
+
+    def open(self) -> BinaryIO:
+        """The file to read from; raises BadPicture as `read` does."""
+        self.mark()
         try:
-            if (size := self.file.stat().st_size) > MAX_BYTES:
-                raise BadPicture(f"the file has {size / 1e6:.0f} MB", SHRINK)
-            return self.file.read_bytes()
+            return open(self.path, "rb")
         except OSError as error:
-            raise BadPicture(
-                f"cannot be read ({error.strerror})", "check the file and its permissions"
-            ) from error
+            raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> BadPicture:
+    return BadPicture(f"cannot be read ({error.strerror})", "check the file and its permissions")
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,11 @@ class TableSource:
             raise BadPicture(
                 "names a file outside the data set", "store the picture itself in the table"
             )
-        return FileSource(file).read()
+        return FileSource(str(file)).read()
+
+    def open(self) -> BinaryIO:
+        """The bytes of the picture as a stream; raises BadPicture as `read` does."""
+        return io.BytesIO(self.read())
 
 
 Source = FileSource | TableSource

@@ -29,7 +29,11 @@ REGISTRY: dict[str, type] = {
 }
 
 # Settings of a run that only some families know.
-NOT_FOR_ALL = ("vae", "prior", "decoder", "image_encoder_file", "prediction_type")
+NOT_FOR_ALL = (
+    *("vae", "prior", "decoder", "image_encoder_file", "prediction_type", "snr_floor"),
+    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs"),
+    *("max_sequence_length", "training_guidance_scale"),
+)
 
 __all__ = ["REGISTRY", "Batch", "Family", "guess", "load_family"]
 

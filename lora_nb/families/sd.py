@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 
 from lora_nb.families._imports import StableDiffusionPipeline, quiet
 from lora_nb.families.base import Batch, freeze, from_moments
+from lora_nb.families.names import KohyaLayout, second_version
 from lora_nb.objectives import Diffusion
 
 
@@ -24,6 +25,14 @@ class StableDiffusion:
         "unet": ("to_k", "to_q", "to_v", "to_out.0"),
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
     }
+    kohya: ClassVar = KohyaLayout(
+        prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
+        compvis=False,
+        base_version="sd_v1",
+        architecture="stable-diffusion-v1",
+        implementation="diffusers",
+        second=second_version,
+    )
 
     def __init__(
         self, pipeline: Any, objective: Diffusion, dtype: torch.dtype, device: torch.device
@@ -54,6 +63,7 @@ class StableDiffusion:
         device: str | torch.device = "cpu",
         prediction_type: str | None = None,
         snr_gamma: float | None = None,
+        snr_floor: bool = False,
         revision: str | None = None,
         variant: str | None = None,
         vae: str | None = None,
@@ -68,7 +78,9 @@ class StableDiffusion:
             )
             if vae is not None:
                 pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae))
-        objective = Diffusion.from_scheduler(pipeline.scheduler, prediction_type, snr_gamma)
+        objective = Diffusion.from_scheduler(
+            pipeline.scheduler, prediction_type, snr_gamma, snr_floor
+        )
         return cls(pipeline, objective, dtype, torch.device(device))
 
     @torch.no_grad()

@@ -80,13 +80,17 @@ class StableDiffusion3(StableDiffusion):
         revision: str | None = None,
         variant: str | None = None,
         vae: str | None = None,
+        weighting_scheme: str | None = None,
+        logit_mean: float | None = None,
+        logit_std: float | None = None,
+        mode_scale: float | None = None,
+        precondition_outputs: bool | None = None,
         max_sequence_length: int | None = None,
-        **flow: Any,
     ) -> Self:
         """The family of a diffusers folder or Hub name, with the shift of the model's own scheduler.
 
-        vae: folder or Hub name of another autoencoder for the same latents. max_sequence_length: T5 tokens in
-        training. flow: weighting_scheme, logit_mean, logit_std, mode_scale, precondition_outputs of FlowMatching.
+        vae: folder or Hub name of another autoencoder for the same latents. weighting_scheme to precondition_outputs:
+        of FlowMatching; None means `flow`, and then FlowMatching's default. max_sequence_length: T5 tokens in training.
         Raises ConfigError for prediction_type and snr_gamma, which only diffusion has.
         """
         with quiet(), warnings.catch_warnings():
@@ -104,8 +108,16 @@ class StableDiffusion3(StableDiffusion):
             )
             if vae is not None:
                 pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae))
+        flow = {
+            "weighting_scheme": weighting_scheme,
+            "logit_mean": logit_mean,
+            "logit_std": logit_std,
+            "mode_scale": mode_scale,
+            "precondition_outputs": precondition_outputs,
+        }
+        flow = cls.flow | {name: value for name, value in flow.items() if value is not None}
         objective = FlowMatching.from_scheduler(
-            pipeline.scheduler, prediction_type, snr_gamma, **cls.flow | flow
+            pipeline.scheduler, prediction_type, snr_gamma, **flow
         )
         family = cls(pipeline, objective, dtype, torch.device(device))
         family.t5_tokens = max_sequence_length or cls.t5_tokens

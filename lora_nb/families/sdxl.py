@@ -6,6 +6,7 @@ import torch
 
 from lora_nb.families._imports import StableDiffusionXLPipeline
 from lora_nb.families.base import Batch
+from lora_nb.families.names import KohyaLayout
 from lora_nb.families.sd import StableDiffusion
 
 
@@ -18,6 +19,17 @@ class StableDiffusionXL(StableDiffusion):
     targets: ClassVar = StableDiffusion.targets | {
         "text_encoder_2": StableDiffusion.targets["text_encoder"]
     }
+    kohya: ClassVar = KohyaLayout(
+        prefixes={
+            "unet": "lora_unet",
+            "text_encoder": "lora_te1",
+            "text_encoder_2": "lora_te2",
+        },
+        compvis=True,
+        base_version="sdxl_base_v1-0",
+        architecture="stable-diffusion-xl-v1-base",
+        implementation="https://github.com/Stability-AI/generative-models",
+    )
 
     def __init__(self, pipeline: Any, *rest: Any):
         self.text_encoder_2, self.tokenizer_2 = pipeline.text_encoder_2, pipeline.tokenizer_2

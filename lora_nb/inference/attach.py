@@ -1,4 +1,4 @@
-"""Adapters on a pipeline: load, combine, scale, merge, remove. Whether a file fits is decided in `fit`."""
+"""Adapters on a pipeline: load, combine, scale, merge, remove. Whether a file fits is decided in `formats`."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,11 +11,14 @@ from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from peft import set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
+from lora_nb import adapters
 from lora_nb.errors import ConfigError
 from lora_nb.families import load_family
-from lora_nb.inference.fit import adapter_file, plan
+from lora_nb.formats import adapter_file, plan
+from lora_nb.formats.weights import scale_of
 
-Scale = float | Mapping[str, float]  # one factor for every adapter, or one for each adapter name
+Factor = float | Mapping[str, float]  # of all of an adapter, or by block, such as unet.mid_block
+Scale = float | Mapping[str, Factor]  # one for every adapter, or one for each adapter name
 
 
 def load_pipeline(
@@ -76,10 +79,53 @@ def remove_adapter(pipeline: Any, name: str | None = None) -> None:
             recurse_remove_peft_layers(module)
 
 
+def swap_adapter(
+    pipeline: Any, path: str | Path, name: str = "default", scale: float = 1.0
+) -> dict[str, int]:
+    """`use_adapter` in the place of the adapter of the same name: no layer is made if layers and ranks are the same.
+
+    The weights are then copied into those that are there, so memory does not grow and a compiled network stays valid.
+    """
+    places = plan(pipeline, adapter_file(path))
+    there = {
+        f"{part}.{layer}": module
+        for part, layer, module in named_layers(pipeline)
+        if name in module.lora_A
+    }
+    shapes = {key: _shapes(module, name) for key, module in there.items()}
+    wanted: dict[str, list[torch.Size]] = {}
+    for part, (_, state) in places.items():
+        for key, tensor in sorted(state.items()):
+            layer, _, _ = key.partition(".lora_")
+            wanted.setdefault(f"{part}.{layer}", []).append(tensor.shape)
+    dora = any(name in module.lora_variant for module in there.values())
+    if shapes != wanted or dora or any(config.use_dora for config, _ in places.values()):
+        return use_adapter(pipeline, path, name, scale)
+    with torch.no_grad():
+        for part, (config, state) in places.items():
+            getattr(pipeline, part).peft_config[name] = config
+            for key, tensor in state.items():
+                layer, _, kind = key.rpartition(".lora_")
+                module = there[f"{part}.{layer}"]
+                (module.lora_A if kind.startswith("A") else module.lora_B)[name].weight.copy_(
+                    tensor
+                )
+                module.lora_alpha[name] = module.r[name] * scale_of(config, layer)
+                getattr(module, "use_rslora", {})[name] = False  # folded into alpha above
+    set_scale(pipeline, {name: scale})
+    return {part: len(state) for part, (_, state) in places.items()}
+
+
+def _shapes(layer: LoraLayer, name: str) -> list[torch.Size]:
+    return [layer.lora_A[name].weight.shape, layer.lora_B[name].weight.shape]
+
+
 def set_scale(pipeline: Any, scale: Scale) -> None:
     """Multiply what the adapters add: 0 is the base model, 1 is as trained.
 
-    scale: one number for all adapters, or {adapter name: number}. Raises ConfigError if there is no such adapter.
+    scale: one number for all adapters, or {adapter name: number}, or {adapter name: {block: number}}, where a block is
+    a part or the beginning of a layer's name in it, such as text_encoder or unet.down_blocks.1; the longest that fits
+    counts, layers that none fits keep 1. Raises ConfigError if there is no such adapter or block.
     """
     names = adapter_names(pipeline)
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(names, scale)
@@ -89,9 +135,28 @@ def set_scale(pipeline: Any, scale: Scale) -> None:
             f"There is no adapter {', '.join(unknown) or 'at all'} on this pipeline; "
             f"{'it has ' + ', '.join(names) if names else 'load one with use_adapter'}."
         )
-    for layer in layers(pipeline):
+    found = [(f"{part}.{layer}", module) for part, layer, module in named_layers(pipeline)]
+    for adapter, factor in scales.items():
+        for block in factor if isinstance(factor, Mapping) else ():
+            if not any(_within(name, block) for name, m in found if adapter in m.lora_A):
+                raise ConfigError(
+                    f"The adapter {adapter} has no layer in {block}; name a part or block such as "
+                    f"{'.'.join(found[0][0].split('.')[:2])}."
+                )
+    for name, layer in found:
         for adapter, factor in scales.items():
-            layer.set_scale(adapter, factor)  # layers without this adapter ignore it
+            layer.set_scale(adapter, _factor(name, factor))  # layers without this adapter ignore it
+
+
+def _within(name: str, block: str) -> bool:
+    return name == block or name.startswith(block + ".")
+
+
+def _factor(name: str, factor: Factor) -> float:
+    if not isinstance(factor, Mapping):
+        return factor
+    fitting = [block for block in factor if _within(name, block)]
+    return factor[max(fitting, key=len)] if fitting else 1.0
 
 
 def adapter_names(pipeline: Any) -> list[str]:
@@ -127,6 +192,14 @@ def modules(pipeline: Any) -> list[torch.nn.Module]:
 
 def layers(pipeline: Any) -> list[LoraLayer]:
     return [m for part in modules(pipeline) for m in part.modules() if isinstance(m, LoraLayer)]
+
+
+def named_layers(pipeline: Any) -> Iterator[tuple[str, str, LoraLayer]]:
+    """Part, name and layer of everything that carries an adapter."""
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            for name, layer in adapters.layers(module):
+                yield part, name, layer
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from lora_nb.files import write_atomically
-from lora_nb.report.facts import Run, redacted
+from lora_nb.redaction import redacted
+from lora_nb.report.facts import Run
 
 FILE = "README.md"
 

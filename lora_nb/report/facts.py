@@ -15,7 +15,6 @@ from lora_nb.formats import FILE_NAME
 from lora_nb.run_folder import read_config, read_history
 
 PACKAGES = ("lora_nb", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def versions() -> dict[str, str]:
@@ -251,11 +250,6 @@ def public(value: Any) -> str:
         return path.resolve().relative_to(Path.cwd()).as_posix()
     outside = path.is_absolute() or path.parts[:1] == ("~",) or ".." in path.parts
     return path.name if outside else str(value)
-
-
-def redacted(text: str) -> str:
-    """The last look before writing: no Hub token, no home folder."""
-    return TOKEN.sub("hf_(removed)", text).replace(str(Path.home()) + "/", "~/")
 
 
 def _read(file: Path) -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from lora_nb import plots
 from lora_nb.files import write_atomically
-from lora_nb.report.facts import Run, public, redacted, versions
+from lora_nb.redaction import redacted
+from lora_nb.report.facts import Run, public, versions
 
 FILE = "report.html"
 THUMBNAIL = 192  # longest side of an embedded sample in pixels

@@ -1,0 +1,58 @@
+"""What a checkpoint holds of a run: adapters and optimizer as flat named tensors, and a mark of the base model."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from lora_nb import adapters
+from lora_nb.families import Family
+
+SAMPLED = 64  # values of each base weight that enter its mark
+
+
+def pack(family: Family, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Tensors on the CPU by name: adapter/<part>/<key> and optimizer/<weight number>/<moment>."""
+    tensors = {
+        f"adapter/{part}/{key}": value
+        for part, weights in adapters.state(family).items()
+        for key, value in weights.items()
+    }
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value).cpu()
+    return tensors
+
+
+def unpack(family: Family, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Put what `pack` gave back into adapters of the same shape and their optimizer."""
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        kind, owner, key = name.split("/", 2)
+        if kind == "adapter":
+            weights.setdefault(owner, {})[key] = value
+        else:
+            state.setdefault(int(owner), {})[key] = value
+    adapters.load_state(family, weights)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def base_mark(family: Family) -> str:
+    """A short mark of the frozen weights under the adapters, the same in float32 and bfloat16.
+
+    A few values of each weight, so that it costs little: it tells models apart, it does not prove them equal.
+    """
+    digest = hashlib.sha256()
+    for part in sorted(family.trainable):
+        # Layers that carry an adapter keep their place in the order.
+        named = {
+            name.replace(".base_layer", ""): weight
+            for name, weight in family.trainable[part].named_parameters()
+        }
+        for name in sorted(named):
+            if "lora_" not in name:
+                weight = named[name]
+                values = weight.detach().flatten()[:SAMPLED].to("cpu", torch.bfloat16)
+                digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
