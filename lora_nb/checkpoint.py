@@ -113,7 +113,7 @@ def verify(folder: Path) -> dict[str, bytes]:
         damaged = next((n for n in (STATE, META) if listed[n] != _entry(contents[n])), None)
         if damaged is None and contents[MANIFEST] != _manifest(contents):
             damaged = MANIFEST
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         damaged = MANIFEST
     if damaged:
         raise CheckpointError(

@@ -182,7 +182,8 @@ _SAMPLING = (
 
 
 def _train(args: argparse.Namespace) -> int:
-    from lora_nb.inference import with_samples
+    from lora_nb.formats import KOHYA_FILE
+    from lora_nb.inference import export, with_samples
     from lora_nb.report import write_card, write_report
     from lora_nb.trainer import train
 
@@ -216,6 +217,8 @@ def _train(args: argparse.Namespace) -> int:
         _say(f"Stopped at step {training.start_step}; the same command continues from there.")
         return 128 + (training.stopped_by or signal.SIGINT)
     if _main_process():
+        if settings.output_kohya_format:
+            _say(export(training.folder, training.folder / KOHYA_FILE).table())
         write_card(training.folder)
         _say(f"Adapter, samples and {write_report(training.folder).name} are in {training.folder}.")
     return 0

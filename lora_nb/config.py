@@ -239,6 +239,9 @@ class TrainConfig:
         None, "tracker through accelerate: tensorboard, wandb, trackio"
     )
     logging_dir: str = _setting("logs", "the tracker's folder inside output_dir")
+    output_kohya_format: bool = _setting(
+        False, "write a Kohya file for ComfyUI and A1111 too, with its certificate, after training"
+    )
 
     @property
     def sampling(self) -> dict[str, Any]:

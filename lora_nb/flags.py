@@ -74,7 +74,6 @@ _REFUSED = {
     "repeats": (int, "pictures are drawn in endless epochs; say how long by max_train_steps"),
     "optimizer": (str, "the optimizer is AdamW, with use_8bit_adam in 8 bits"),
     "adam_weight_decay_text_encoder": (float, "all parts share adam_weight_decay"),
-    "output_kohya_format": (bool, "files are written in the diffusers form only so far"),
 }
 # What of these is done anyway.
 _FOLLOWED = {"repeats": 1, "optimizer": "adamw"}

@@ -21,7 +21,8 @@ FREE = {
     "validation_prompts", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
     "guidance_scale", "guidance_rescale", "probe_steps", "probe_size", "checkpointing_steps",
     "checkpoints_total_limit", "report_to", "logging_dir", "cache_latents", "dataloader_num_workers", "seed",
-    "gradient_checkpointing", "data.validation_data_dir", "pretrained_decoder_model_name_or_path", "sample_batch_size",
+    "output_kohya_format", "gradient_checkpointing", "data.validation_data_dir",
+    "pretrained_decoder_model_name_or_path", "sample_batch_size",
 }  # fmt: skip
 
 

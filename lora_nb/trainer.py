@@ -154,6 +154,8 @@ class Training:
             training_guidance_scale=config.training_guidance_scale,
         )
         _check_resolution(config.data.resolution, self.family)
+        if config.output_kohya_format:
+            formats.kohya.layout_of(self.family)  # refuses now what could not be written at the end
         self.lora = adapters.named(self.family, config.lora)
         adapters.add(self.family, self.lora, seed=self.config.seed)
         if config.gradient_checkpointing:

@@ -16,7 +16,7 @@ from test_families import LOADERS, SIDES
 from lora_nb import adapters, checkpoint, run_folder
 from lora_nb.cli import main
 from lora_nb.families import tiny
-from lora_nb.formats import FILE_NAME
+from lora_nb.formats import FILE_NAME, KOHYA_FILE, inspect
 from lora_nb.trainer import train
 
 # Written down here, not read from the registry, so that a family which is lost there is missed.
@@ -185,9 +185,13 @@ def test_dreambooth_from_the_command_line(name, models, pictures, tmp_path, caps
         "--snr_gamma": 5.0,
     }
     words = [str(word) for pair in settings.items() for word in pair]
-    words += ["--with_prior_preservation", "--train_text_encoder", *FLAGS]
+    words += ["--with_prior_preservation", "--train_text_encoder", "--output_kohya_format", *FLAGS]
     assert main(["train", *words]) == 0
-    assert "Drew 3 pictures of 'a fox'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Drew 3 pictures of 'a fox'" in printed
+    assert f"{KOHYA_FILE}: kohya fp32" in printed
+    assert "round trip holds" in printed
+    assert "kohya" in inspect(tmp_path / "run" / KOHYA_FILE).format
     assert len(list((tmp_path / "class").glob("*.png"))) == 3
     texts = ["text_encoder", "text_encoder_2"][: 2 if name == "sdxl" else 1]
     steps = [e for e in run_folder.read_history(tmp_path / "run") if e["event"] == "step"]
