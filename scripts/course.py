@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "HF_DATASETS_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the cores from those that work
+    "GOMP_SPINCOUNT": "3000",  # as in the Makefile
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -15,7 +15,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "LORA_NB_HEADLESS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "3000",
     "PYTHONPATH": str(OFFLINE),
 }
 sys.path.insert(0, str(OFFLINE))
