@@ -242,6 +242,7 @@ _LARGE = {
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024, 30, 5.0, 1e-2),
     "sd3": ("stabilityai/stable-diffusion-3.5-medium", 1024, 40, 4.5, 1e-4),
     "flux": ("black-forest-labs/FLUX.1-dev", 512, 28, 3.5, 1e-4),
+    "z_image": ("Tongyi-MAI/Z-Image", 1024, 50, 5.0, 1e-4),
     "kandinsky_decoder": (f"{_KANDINSKY}-decoder", 512, 30, 4.0, 0.0),
     "kandinsky_prior": (f"{_KANDINSKY}-prior", 224, 30, 4.0, 0.0),  # its image encoder sees 224
     "wuerstchen": ("warp-ai/wuerstchen-prior", 768, 12, 4.0, 0.0),

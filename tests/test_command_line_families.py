@@ -20,7 +20,10 @@ from lora_nb.formats import FILE_NAME, KOHYA_FILE, inspect
 from lora_nb.trainer import train
 
 # Written down here, not read from the registry, so that a family which is lost there is missed.
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "kandinsky_decoder", "kandinsky_prior", "wuerstchen")
+FAMILIES = (
+    *("sd", "sdxl", "sd3", "flux", "z_image"),
+    *("kandinsky_decoder", "kandinsky_prior", "wuerstchen"),
+)
 FLAGS = (
     "--resolution 16 --random_flip --train_batch_size 2 --seed 1 --max_train_steps 20 --learning_rate 1e-2 "
     "--lr_scheduler cosine --lr_warmup_steps 2 --checkpointing_steps 7 --log_every 1"

@@ -195,6 +195,7 @@ def test_there_is_a_preset_for_each_family():
         ("sdxl", 1024, 30, 5.0, 1e-2),
         ("sd3", 1024, 40, 4.5, 1e-4),
         ("flux", 512, 28, 3.5, 1e-4),
+        ("z_image", 1024, 50, 5.0, 1e-4),
         ("kandinsky_decoder", 512, 30, 4.0, 0.0),
         ("wuerstchen", 768, 12, 4.0, 0.0),
     ],

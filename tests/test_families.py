@@ -21,6 +21,7 @@ PREDICTION_TYPES = {
     "sdxl": ("epsilon",),
     "sd3": ("flow",),
     "flux": ("flow",),
+    "z_image": ("flow",),
     "kandinsky_decoder": ("epsilon",),
     "kandinsky_prior": ("sample",),
     "wuerstchen": ("epsilon",),
@@ -79,7 +80,12 @@ def config_of(model, spec, folder, **changes):
 
 def test_no_family_of_the_guide_is_missing():
     guide = {"sd", "sdxl", "kandinsky_decoder", "kandinsky_prior", "wuerstchen"}
-    assert guide | {"sd3", "flux"} <= set(REGISTRY) == set(PREDICTION_TYPES) == set(tiny.BUILDERS)
+    assert (
+        guide | {"sd3", "flux", "z_image"}
+        <= set(REGISTRY)
+        == set(PREDICTION_TYPES)
+        == set(tiny.BUILDERS)
+    )
 
 
 def test_the_index_names_the_family(model):
@@ -226,7 +232,7 @@ def test_settings_of_flow_matching_reach_it_or_are_refused(model, spec, tmp_path
     if model[0] == "flux":
         own["training_guidance_scale"] = 1.5
     config = config_of(model, spec, tmp_path, **FLOW, **own)
-    if model[0] not in ("sd3", "flux"):
+    if model[0] not in ("sd3", "flux", "z_image"):
         with pytest.raises(ConfigError, match="no use for weighting_scheme, logit_mean, logit_std"):
             train(config)
         return

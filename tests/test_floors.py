@@ -45,7 +45,9 @@ FORBIDDEN_CALLS = {
 }
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_KEYWORDS = {"trust_remote_code", "allow_pickle"}
-FAMILY = re.compile(r"\b(sd|sd15|sd1|sd2|sd3|sdxl|flux|kandinsky|wuerstchen)\b", re.IGNORECASE)
+FAMILY = re.compile(
+    r"\b(sd|sd15|sd1|sd2|sd3|sdxl|flux|z_image|kandinsky|wuerstchen)\b", re.IGNORECASE
+)
 REFERENCE_DEFAULTS = {"sd-model-finetuned-lora"}  # the reference script's own words
 FAMILY_HOMES = {"families", "env"}  # env holds the presets
 HEAVY_AT_TOP = {

@@ -388,9 +388,10 @@ def test_what_is_no_plain_lora_is_refused(loaded, tmp_path, settings, reason):
     inference.remove_adapter(family.pipeline())
 
 
-def test_families_without_a_kohya_form_are_refused(tmp_path):
-    family = load_family("auto", str(tiny.build("wuerstchen", tmp_path / "model")))
-    with pytest.raises(FormatError, match="no exact Kohya form for the family 'wuerstchen'"):
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "wuerstchen"])
+def test_families_without_a_kohya_form_are_refused(tmp_path, name):
+    family = load_family("auto", str(tiny.build(name, tmp_path / "model")))
+    with pytest.raises(FormatError, match=f"no exact Kohya form for the family '{name}'"):
         formats.save_kohya(family, tmp_path / "x.safetensors")
 
 
@@ -504,7 +505,7 @@ def test_wrong_words_are_refused_before_anything_is_read(tmp_path, change, sente
         inference.export(**given)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "kandinsky_decoder", "kandinsky_prior"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "kandinsky_decoder", "kandinsky_prior"])
 def test_diffusers_files_of_other_families_are_certified(tmp_path, name):
     """Text, pictures and geometry at fixed values, for whatever the family's condition is made of."""
     model = tiny.build(name, tmp_path / "model")

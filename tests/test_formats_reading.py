@@ -460,6 +460,8 @@ def test_inspect_tells_family_base_and_every_layer(models, tmp_path):
             "Stable Diffusion XL",
         ),
         ("lora_unet_single_blocks_3_linear1", 3072, "flux", "FLUX.1"),
+        ("lora_unet_layers_0_attention_to_k", 3840, "z_image", "Z-Image"),
+        ("lora_unet_blocks_1_attention_to_k", 1536, "wuerstchen", "Wuerstchen"),
         ("lora_unet_somewhere", 5, "unknown", "unknown"),
     ],
 )

@@ -23,7 +23,7 @@ from lora_nb.objectives import WEIGHTING_SCHEMES, FlowMatching
 
 SHIFTS = [{"shift": 1.0}, {"shift": 3.0}, {"shift": 3.0, "use_dynamic_shifting": True}]
 CAPTIONS, POSITIONS, SEED = ["a red apple", "two dogs, one cat"], [3, 8], 11
-FLOW = ("sd3", "flux")
+FLOW = ("sd3", "flux", "z_image")
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,17 @@ def velocity_of_flux(pipeline, x_t, t):
     return pipeline._unpack_latents(velocity, height * factor, width * factor, factor)
 
 
+def velocity_of_z_image(pipeline, x_t, t):
+    """Its transformer takes a list of clips of one frame, counts time from noise, and says x0 - noise."""
+    states, _ = pipeline.encode_prompt(list(CAPTIONS), do_classifier_free_guidance=False)
+    clips = [picture[:, None] for picture in x_t]
+    outputs = pipeline.transformer(clips, (1000 - t) / 1000, states, return_dict=False)[0]
+    return torch.cat([-output.movedim(1, 0) for output in outputs])
+
+
+VELOCITIES = {"sd3": velocity_of_sd3, "flux": velocity_of_flux, "z_image": velocity_of_z_image}
+
+
 @torch.no_grad()
 def loss_of(name, folder, pixels, scheme, preconditioned):
     """The reference's training step: its pipeline's encoders, its time and its weights."""
@@ -164,7 +175,8 @@ def loss_of(name, folder, pixels, scheme, preconditioned):
     config = pipeline.vae.config
     posterior = pipeline.vae.encode(pixels).latent_dist
     draw = rng.normal(posterior.mean.shape[1:], SEED, "posterior", POSITIONS)
-    z = (posterior.mean + posterior.std * draw).double()
+    spread = 0.0 if name == "z_image" else posterior.std  # its reference trains on the mean
+    z = (posterior.mean + spread * draw).double()
     x0 = (z - config.shift_factor) * config.scaling_factor
     noise = rng.normal(x0.shape[1:], SEED, "noise", POSITIONS).double()
     # Shifted by picture size while sampling, a scheduler does not shift in training.
@@ -175,9 +187,7 @@ def loss_of(name, folder, pixels, scheme, preconditioned):
     sigma = torch.tensor(sigmas, dtype=torch.float64).view(-1, 1, 1, 1)
     x_t = (1 - sigma) * x0 + sigma * noise
     pipeline.to(torch.float64)
-    velocity = {"sd3": velocity_of_sd3, "flux": velocity_of_flux}[name](
-        pipeline, x_t, 1000 * sigma.flatten()
-    )
+    velocity = VELOCITIES[name](pipeline, x_t, 1000 * sigma.flatten())
     error = x_t - sigma * velocity - x0 if preconditioned else velocity - (noise - x0)
     weights = torch.tensor([weight_of(s, scheme) for s in sigmas])
     return (weights * error.square().flatten(1).mean(1)).mean().item()
@@ -189,9 +199,9 @@ def loss_of(name, folder, pixels, scheme, preconditioned):
 def test_the_loss_is_the_formulas(folders, pixels, name, scheme):
     chosen = {} if scheme is None else {"weighting_scheme": scheme, "precondition_outputs": False}
     family = load_family(name, folders[name], dtype=torch.float64, **chosen)
-    defaults = {"sd3": ("logit_normal", True), "flux": ("none", False)}
+    default = ("logit_normal", True) if name == "sd3" else ("none", False)
     expected = loss_of(
-        name, folders[name], pixels, *(defaults[name] if scheme is None else (scheme, False))
+        name, folders[name], pixels, *(default if scheme is None else (scheme, False))
     )
     assert diffusion_loss(family, batch_of(family, pixels)).loss.item() == pytest.approx(
         expected, rel=1e-6
@@ -233,10 +243,28 @@ def test_text_length_is_a_choice(folders, name):
     short = load_family(name, folders[name], max_sequence_length=5).text_states(["a"])
     longest = load_family(name, folders[name]).text_states(["a"])
     difference = longest["encoder_hidden_states"].shape[1] - short["encoder_hidden_states"].shape[1]
-    assert difference == 16 - 5  # the tiny tokenizer's own limit
+    limit = 512 if name == "z_image" else 16  # of the pipeline, or of the tiny tokenizer itself
+    assert difference == limit - 5
 
 
-@pytest.mark.parametrize("name", FLOW)
+@torch.no_grad()
+def test_a_caption_is_as_long_as_its_chat(folders):
+    """What the transformer gets is what the pipeline gives it, and padding changes nothing."""
+    family = load_family("z_image", folders["z_image"])
+    blank = Batch.of_captions(CAPTIONS, 16)
+    ours = family.condition(blank)["cap_feats"]
+    theirs, _ = family.pipeline().encode_prompt(list(CAPTIONS), do_classifier_free_guidance=False)
+    assert [len(text) for text in ours] == [
+        len("user\n\nassistant\n") + 3 + len(c) for c in CAPTIONS
+    ]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    family.t5_tokens = 64
+    for one, other in zip(ours, family.condition(blank)["cap_feats"], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_half_precision_spares_the_layers_of_t5_that_overflow(folders, name):
     family = load_family(name, folders[name], dtype=torch.float16)
     kinds = {n: p.dtype for n, p in family.t5_encoder.named_parameters()}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 
 from lora_nb import adapters
 from lora_nb.families import REGISTRY
@@ -93,3 +93,16 @@ def test_flux_1(guidance, size):
     single = 3 * of_linear(width, width)
     assert len(counts) == 19 * 12 + 38 * 3
     assert sum(c.parameters for c in counts) == 19 * double + 38 * single == 11_206_656
+
+
+def test_z_image():
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(
+            in_channels=16, dim=3840, n_layers=30, n_refiner_layers=2, n_heads=30, n_kv_heads=30
+        )
+    assert sum(p.numel() for p in model.parameters()) == 6_154_908_736
+    counts = adapters.forecast(model, REGISTRY["z_image"].targets["transformer"], RANK)
+    # Query, key, value and output of 30 blocks, and of 2 more each for the picture and for the text alone.
+    layers = 4 * (30 + 2 + 2)
+    assert len(counts) == layers
+    assert sum(c.parameters for c in counts) == layers * of_linear(3840, 3840) == 4_177_920

@@ -14,6 +14,7 @@ from lora_nb.families.sd import StableDiffusion
 from lora_nb.families.sd3 import StableDiffusion3
 from lora_nb.families.sdxl import StableDiffusionXL
 from lora_nb.families.wuerstchen import Wuerstchen
+from lora_nb.families.z_image import ZImage
 
 REGISTRY: dict[str, type] = {
     family.name: family
@@ -22,6 +23,7 @@ REGISTRY: dict[str, type] = {
         StableDiffusionXL,
         StableDiffusion3,
         Flux,
+        ZImage,
         KandinskyDecoder,
         KandinskyPrior,
         Wuerstchen,

@@ -41,6 +41,7 @@ with quiet():
         WuerstchenCombinedPipeline,
         WuerstchenDecoderPipeline,
         WuerstchenPriorPipeline,
+        ZImagePipeline,
     )
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "WuerstchenCombinedPipeline",
     "WuerstchenDecoderPipeline",
     "WuerstchenPriorPipeline",
+    "ZImagePipeline",
     "quiet",
 ]

@@ -165,6 +165,7 @@ SIGNS = (
     ("sdxl", "Stable Diffusion XL", CROSS, 2048),
     ("sd", "Stable Diffusion 2", CROSS, 1024),
     ("sd", "Stable Diffusion 1", CROSS, 768),
+    ("z_image", "Z-Image", ("attention_to_k", "attention_qkv"), 3840),
     ("wuerstchen", "Wuerstchen", ("attention_to_k",), None),
     ("kandinsky_decoder", "Kandinsky 2.2 decoder", ("attentions_0_add_k_proj",), None),
     ("kandinsky_prior", "Kandinsky 2.2 prior", ("transformer_blocks_0_attn1_to_k",), 2048),

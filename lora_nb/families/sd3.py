@@ -25,6 +25,7 @@ class StableDiffusion3(StableDiffusion):
     t5: ClassVar = ("tokenizer_3", "text_encoder_3")
     t5_tokens = 77
     peft_keys = True
+    kohya = None  # Stable Diffusion's has no place for a transformer
     targets: ClassVar = {
         "transformer": (
             "attn.to_k",

@@ -18,6 +18,7 @@ from diffusers import (
     UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -29,6 +30,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -44,6 +48,7 @@ from lora_nb.families._imports import (
     StableDiffusionXLPipeline,
     WuerstchenDecoderPipeline,
     WuerstchenPriorPipeline,
+    ZImagePipeline,
     quiet,
 )
 from lora_nb.families.wuerstchen import ENCODER_FILE, EffnetEncoder
@@ -265,6 +270,44 @@ def _flux(folder: Path, _: str, guidance: bool = True) -> FluxPipeline:
     )
 
 
+def _z_image(folder: Path, _: str) -> ZImagePipeline:
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = [*marks, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        {word: i for i, word in enumerate(words)},
+        extra_special_tokens=marks[1:],
+        chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    )
+    encoder = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=(4, 6, 6),
+    )
+    return ZImagePipeline(
+        vae=_shifted_vae(),
+        text_encoder=Qwen3Model(encoder),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
 def _kandinsky_first_stage(folder: Path) -> KandinskyV22PriorPipeline:
     tokenizer = _clip_tokenizer(folder / "tokenizer")
     prior = PriorTransformer(
@@ -402,6 +445,7 @@ BUILDERS = {
     "sdxl": _sdxl,
     "sd3": _sd3,
     "flux": _flux,
+    "z_image": _z_image,
     "kandinsky_decoder": _kandinsky_decoder,
     "kandinsky_prior": _kandinsky_prior,
     "wuerstchen": _wuerstchen,
