@@ -39,7 +39,7 @@ from lora_nb import (
 from lora_nb.cache import CLASS_POSITIONS, Cache, with_prior
 from lora_nb.config import TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, NumericsError
-from lora_nb.families import Batch, load_family
+from lora_nb.families import Batch, family_of
 from lora_nb.files import write_atomically
 from lora_nb.health import Health
 from lora_nb.lock import Lock
@@ -131,27 +131,8 @@ class Training:
     def _make(self, config: TrainConfig) -> None:
         """Base model, adapters and optimizer, fresh or from a checkpoint; then the run's folder."""
         self.config, resume = self._agreed(config)
-        self.family = load_family(
-            config.family,
-            _named_model(config),
-            dtype=DTYPES[self.accelerator.mixed_precision],
-            device=self.accelerator.device,
-            prediction_type=config.prediction_type,
-            snr_gamma=config.snr_gamma,
-            snr_floor=config.snr_floor or None,
-            revision=config.revision,
-            variant=config.variant,
-            vae=config.pretrained_vae_model_name_or_path,
-            prior=config.pretrained_prior_model_name_or_path,
-            decoder=config.pretrained_decoder_model_name_or_path,
-            image_encoder_file=config.image_encoder_file,
-            weighting_scheme=config.weighting_scheme,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-            mode_scale=config.mode_scale,
-            precondition_outputs=config.precondition_outputs,
-            max_sequence_length=config.max_sequence_length,
-            training_guidance_scale=config.training_guidance_scale,
+        self.family = family_of(
+            config, DTYPES[self.accelerator.mixed_precision], self.accelerator.device
         )
         _check_resolution(config.data.resolution, self.family)
         if config.output_kohya_format:
@@ -655,15 +636,6 @@ def _training_mode(family: Any, parts: dict[str, Any]) -> Iterator[None]:
     finally:
         for part in parts:
             family.trainable[part].eval()
-
-
-def _named_model(config: TrainConfig) -> str:
-    if config.pretrained_model_name_or_path is None:
-        raise ConfigError(
-            "pretrained_model_name_or_path is empty; name a diffusers folder or a Hub model, "
-            "or take a preset: lora_nb.preset('tiny').config('my-run')."
-        )
-    return config.pretrained_model_name_or_path
 
 
 def _check_resolution(resolution: int, family: Any) -> None:

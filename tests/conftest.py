@@ -61,3 +61,20 @@ def pictures(tmp_path_factory) -> Path:
             rows.append(json.dumps({"file_name": f"{i}.png", "text": f"colour {i}"}))
         (folder / split / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture
+def config(tiny_sd, pictures, tmp_path):
+    """Four steps on those pictures, rank 2, in a folder that does not exist yet."""
+    from lora_nb.config import DataSpec, LoraSpec, TrainConfig
+
+    return TrainConfig(
+        pretrained_model_name_or_path=str(tiny_sd),
+        data=DataSpec(train_data_dir=str(pictures), resolution=16),
+        lora={"unet": LoraSpec(rank=2)},
+        output_dir=str(tmp_path / "run"),
+        seed=3,
+        train_batch_size=2,
+        max_train_steps=4,
+        learning_rate=1e-2,
+    )

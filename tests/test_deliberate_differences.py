@@ -24,18 +24,8 @@ from lora_nb.trainer import train
 
 
 @pytest.fixture
-def config(tiny_sd, pictures, tmp_path):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_sd),
-        data=DataSpec(train_data_dir=str(pictures), resolution=16),
-        lora={"unet": LoraSpec(rank=2)},
-        output_dir=str(tmp_path / "run"),
-        seed=3,
-        train_batch_size=2,
-        max_train_steps=4,
-        learning_rate=1e-2,
-        num_inference_steps=2,
-    )
+def config(config):
+    return config.replace(num_inference_steps=2)
 
 
 def test_the_schedule_ends_with_the_training_whatever_the_accumulation():

@@ -22,24 +22,13 @@ from nbclient import NotebookClient
 from test_checkpoint import TENSORS, save
 
 from lora_nb import checkpoint, files, lock, run_folder
-from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import CheckpointError
 from lora_nb.trainer import train
 
 
 @pytest.fixture
-def config(tiny_sd, pictures, tmp_path):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_sd),
-        data=DataSpec(train_data_dir=str(pictures), resolution=16),
-        lora={"unet": LoraSpec(rank=2)},
-        output_dir=str(tmp_path / "run"),
-        seed=3,
-        train_batch_size=2,
-        max_train_steps=4,
-        learning_rate=1e-2,
-        probe_size=2,
-    )
+def config(config):
+    return config.replace(probe_size=2)
 
 
 @pytest.fixture(scope="module")

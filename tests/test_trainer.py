@@ -15,24 +15,10 @@ import safetensors.torch
 import torch
 
 from lora_nb import adapters, checkpoint, data, run_folder, trainer
-from lora_nb.config import DataSpec, LoraSpec, TrainConfig
+from lora_nb.config import LoraSpec, TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, DataError, LoraNbError, NumericsError
 from lora_nb.optimization import learning_rate_factors
 from lora_nb.trainer import train
-
-
-@pytest.fixture
-def config(tiny_sd, pictures, tmp_path):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_sd),
-        data=DataSpec(train_data_dir=str(pictures), resolution=16),
-        lora={"unet": LoraSpec(rank=2)},
-        output_dir=str(tmp_path / "run"),
-        seed=3,
-        train_batch_size=2,
-        max_train_steps=4,
-        learning_rate=1e-2,
-    )
 
 
 def events(config, kind):

@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lora_nb.config import TrainConfig
 from lora_nb.errors import ConfigError, ModelError
 from lora_nb.families.base import Batch, Family
 from lora_nb.families.flux import Flux
@@ -37,7 +40,7 @@ NOT_FOR_ALL = (
     *("max_sequence_length", "training_guidance_scale"),
 )
 
-__all__ = ["REGISTRY", "Batch", "Family", "guess", "load_family"]
+__all__ = ["REGISTRY", "Batch", "Family", "family_of", "guess", "load_family"]
 
 
 def guess(model: str, revision: str | None = None) -> str:
@@ -123,3 +126,37 @@ def load_family(name: str, model: str, **options: Any) -> Family:
         raise ModelError(
             f"The base model {model} is incomplete or damaged ({reason}); get it again."
         ) from error
+
+
+def family_of(config: TrainConfig, dtype: torch.dtype, device: str | torch.device) -> Family:
+    """The base model of a run, loaded with all that the config says of it; errors as for `load_family`.
+
+    Raises ConfigError if the config names no base model.
+    """
+    if config.pretrained_model_name_or_path is None:
+        raise ConfigError(
+            "pretrained_model_name_or_path is empty; name a diffusers folder or a Hub model, "
+            "or take a preset: lora_nb.preset('tiny').config('my-run')."
+        )
+    return load_family(
+        config.family,
+        config.pretrained_model_name_or_path,
+        dtype=dtype,
+        device=device,
+        prediction_type=config.prediction_type,
+        snr_gamma=config.snr_gamma,
+        snr_floor=config.snr_floor or None,
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.pretrained_vae_model_name_or_path,
+        prior=config.pretrained_prior_model_name_or_path,
+        decoder=config.pretrained_decoder_model_name_or_path,
+        image_encoder_file=config.image_encoder_file,
+        weighting_scheme=config.weighting_scheme,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        mode_scale=config.mode_scale,
+        precondition_outputs=config.precondition_outputs,
+        max_sequence_length=config.max_sequence_length,
+        training_guidance_scale=config.training_guidance_scale,
+    )

@@ -64,6 +64,34 @@ def freeze(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) ->
     module.requires_grad_(False).eval()
 
 
+def tokenize(tokenizer: Any, captions: list[str], length: int | None = None) -> Any:
+    """Token numbers and mask (B, length or model_max_length), padded and cut as the pipelines do it; on the CPU."""
+    return tokenizer(
+        captions,
+        padding="max_length",
+        max_length=length or tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
+class Defaults:
+    """What most families do alike: x0 drawn from the moments, and a condition that is the caption alone."""
+
+    def picture_states(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Nothing: the condition is the caption alone."""
+        return {}
+
+    def latents(self, batch: Batch) -> torch.Tensor:
+        """x0 = mean + std * noise of the moments, float32 on the device."""
+        return from_moments(batch).to(self.device)
+
+    def condition(self, batch: Batch) -> dict[str, Any]:
+        """What `text_states` says, on the device in the family's dtype."""
+        states = batch.text_states or self.text_states(batch.captions)
+        return {name: value.to(self.device, self.dtype) for name, value in states.items()}
+
+
 class Family(Protocol):
     """One kind of model, loaded and frozen.
 

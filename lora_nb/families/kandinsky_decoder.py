@@ -16,13 +16,13 @@ from lora_nb.families._imports import (
     quiet,
 )
 from lora_nb.families._two_stages import image_embeds, other_stage, prefixed
-from lora_nb.families.base import Batch, freeze, from_moments
+from lora_nb.families.base import Batch, Defaults, freeze
 from lora_nb.objectives import Diffusion
 
 PUBLISHED_PRIOR = "kandinsky-community/kandinsky-2-2-prior"
 
 
-class KandinskyDecoder:
+class KandinskyDecoder(Defaults):
     """The family of KandinskyV22Pipeline; pictures are drawn with the combined pipeline."""
 
     name = "kandinsky_decoder"
@@ -97,10 +97,6 @@ class KandinskyDecoder:
     def text_states(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """Nothing: this stage sees no text."""
         return {}
-
-    def latents(self, batch: Batch) -> torch.Tensor:
-        """x0, float32 on the device."""
-        return from_moments(batch).to(self.device)
 
     def condition(self, batch: Batch) -> dict[str, Any]:
         """The image embedding as an added condition; no encoder hidden states."""

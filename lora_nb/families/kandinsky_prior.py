@@ -16,13 +16,13 @@ from lora_nb.families._imports import (
     quiet,
 )
 from lora_nb.families._two_stages import image_embeds, other_stage, prefixed
-from lora_nb.families.base import Batch, freeze, from_moments
+from lora_nb.families.base import Defaults, freeze, tokenize
 from lora_nb.objectives import Diffusion
 
 PUBLISHED_DECODER = "kandinsky-community/kandinsky-2-2-decoder"
 
 
-class KandinskyPrior:
+class KandinskyPrior(Defaults):
     """The family of KandinskyV22PriorPipeline; pictures are drawn with the combined pipeline."""
 
     name = "kandinsky_prior"
@@ -83,34 +83,15 @@ class KandinskyPrior:
         x0 = (embeds - self.clip_mean) / self.clip_std
         return x0, torch.zeros_like(x0)
 
-    def picture_states(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Nothing: the condition is the caption alone."""
-        return {}
-
     def text_states(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """Pooled text (B, D), last hidden states (B, tokens, width), and which tokens are text (B, tokens)."""
-        tokens = self.tokenizer(
-            captions,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        tokens = tokenize(self.tokenizer, captions)
         output = self.text_encoder(tokens.input_ids.to(self.device))
         return {
             "proj_embedding": output.text_embeds,
             "encoder_hidden_states": output.last_hidden_state,
             "attention_mask": tokens.attention_mask,
         }
-
-    def latents(self, batch: Batch) -> torch.Tensor:
-        """x0 (B, D), float32 on the device."""
-        return from_moments(batch).to(self.device)
-
-    def condition(self, batch: Batch) -> dict[str, Any]:
-        """What `text_states` says, on the device."""
-        states = batch.text_states or self.text_states(batch.captions)
-        return {name: value.to(self.device, self.dtype) for name, value in states.items()}
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]

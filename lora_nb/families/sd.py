@@ -6,12 +6,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from lora_nb.families._imports import StableDiffusionPipeline, quiet
-from lora_nb.families.base import Batch, freeze, from_moments
+from lora_nb.families.base import Defaults, freeze, tokenize
 from lora_nb.families.names import KohyaLayout, second_version
 from lora_nb.objectives import Diffusion
 
 
-class StableDiffusion:
+class StableDiffusion(Defaults):
     """The family of StableDiffusionPipeline (Rombach et al. 2022)."""
 
     name = "sd"
@@ -101,31 +101,11 @@ class StableDiffusion:
         self, captions: list[str], tokenizer: Any = None, length: int | None = None
     ) -> torch.Tensor:
         """Token numbers (B, length or model_max_length), padded and cut as the pipeline does it."""
-        tokenizer = tokenizer or self.tokenizer
-        return tokenizer(
-            captions,
-            padding="max_length",
-            max_length=length or tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(self.device)
-
-    def picture_states(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Nothing: the condition is the caption alone."""
-        return {}
+        return tokenize(tokenizer or self.tokenizer, captions, length).input_ids.to(self.device)
 
     def text_states(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """The text encoder's last hidden states, (B, model_max_length, width)."""
         return {"encoder_hidden_states": self.text_encoder(self.token_ids(captions))[0]}
-
-    def latents(self, batch: Batch) -> torch.Tensor:
-        """x0 = mean + std * noise of the VAE posterior, float32 on the device."""
-        return from_moments(batch).to(self.device)
-
-    def condition(self, batch: Batch) -> dict[str, Any]:
-        """Cross-attention's encoder hidden states."""
-        states = batch.text_states or self.text_states(batch.captions)
-        return {name: value.to(self.device, self.dtype) for name, value in states.items()}
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]

@@ -22,7 +22,7 @@ from lora_nb.families._imports import (
     quiet,
 )
 from lora_nb.families._two_stages import other_stage, prefixed
-from lora_nb.families.base import Batch, freeze, from_moments
+from lora_nb.families.base import Defaults, freeze, tokenize
 from lora_nb.objectives import CosineDiffusion
 
 PUBLISHED_DECODER = "warp-ai/wuerstchen"
@@ -167,7 +167,7 @@ def _read(kind: type, model: str, revision: str | None = None, variant: str | No
     return kind(**parts)
 
 
-class Wuerstchen:
+class Wuerstchen(Defaults):
     """The family of WuerstchenPriorPipeline; pictures are drawn with the combined pipeline."""
 
     name = "wuerstchen"
@@ -231,30 +231,11 @@ class Wuerstchen:
         x0 = (features + self.latent_std) / self.latent_mean  # the pipeline undoes it
         return x0, torch.zeros_like(x0)
 
-    def picture_states(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Nothing: the condition is the caption alone."""
-        return {}
-
     def text_states(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """The text encoder's last hidden states (B, tokens, width), computed without looking at padding."""
-        tokens = self.tokenizer(
-            captions,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
+        tokens = tokenize(self.tokenizer, captions).to(self.device)
         output = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
         return {"c": output.last_hidden_state}
-
-    def latents(self, batch: Batch) -> torch.Tensor:
-        """x0, float32 on the device."""
-        return from_moments(batch).to(self.device)
-
-    def condition(self, batch: Batch) -> dict[str, Any]:
-        """The text's hidden states."""
-        states = batch.text_states or self.text_states(batch.captions)
-        return {name: value.to(self.device, self.dtype) for name, value in states.items()}
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, condition: dict[str, Any]

@@ -8,7 +8,7 @@ from PIL.Image import Image
 
 from lora_nb import class_pictures, env
 from lora_nb.config import TrainConfig
-from lora_nb.families import load_family
+from lora_nb.families import family_of
 from lora_nb.files import write_atomically
 from lora_nb.inference.drawing import generate
 
@@ -26,15 +26,7 @@ def make_class_pictures(config: TrainConfig) -> list[Path]:
     if not wanted:
         return []
     device = env.pick_device()
-    family = load_family(
-        config.family,
-        str(config.pretrained_model_name_or_path),
-        dtype=getattr(torch, device.dtype),
-        device=device.name,
-        revision=config.revision,
-        variant=config.variant,
-        vae=config.pretrained_vae_model_name_or_path,
-    )
+    family = family_of(config, getattr(torch, device.dtype), device.name)
     pipeline, size = family.pipeline(), config.sample_batch_size
     for start in range(0, len(wanted), size):
         files = wanted[start : start + size]
