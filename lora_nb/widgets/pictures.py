@@ -1,0 +1,16 @@
+"""Pictures as bytes for widgets and pages."""
+
+import base64
+import io
+
+from PIL import Image
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 90} if kind == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+def img(data: bytes, kind: str, attributes: str = "") -> str:
+    return f'<img {attributes} src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
