@@ -183,4 +183,4 @@ def test_a_check_leaves_the_random_state_alone(family, given):
     for name, answer in right_answers(family).items():
         check(name, answer, **given.get(name, {}))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert len(checks.EXERCISES) == 18
+    assert len(checks.EXERCISES) >= 18
