@@ -9,11 +9,13 @@ import torch
 
 from lora_nb import data
 from lora_nb.config import DataSpec
+from lora_nb.disk_cache import DiskCache, Tensors
 from lora_nb.errors import NumericsError
 from lora_nb.families import Batch, Family
 
 Encoded = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # mean, std, picture states
 
+IN_MEMORY = 4 * 2**30  # bytes
 CLASS_POSITIONS = 1 << 40  # class pictures count from here; no run has so many samples
 
 
@@ -21,7 +23,9 @@ class Cache:
     """Makes the batch at any global sample positions, remembering what does not change.
 
     Moments are remembered by picture and flip; a picture that is cropped at random has too many to keep, and is encoded
-    each time. Caption states are remembered unless a text encoder trains.
+    each time, unless `random_crops` bounds their number. Caption states are remembered unless a text encoder trains.
+    disk: where both are kept for other runs, if anywhere. What exceeds IN_MEMORY is read from there each time.
+    batch_size: of the micro-steps, by which aspect-ratio buckets are put together.
     """
 
     def __init__(
@@ -32,16 +36,35 @@ class Cache:
         seed: int,
         latents: bool = True,
         captions: bool = True,
+        disk: DiskCache | None = None,
+        batch_size: int = 1,
     ):
+        self.disk, self._bytes, self.order = disk, 0, None
+        if spec.bucket_step is not None:
+            sizes = [data.size_of(spec, row) for row in pictures.rows]
+            self.order = data.Order(sizes, batch_size, seed)
         self.family, self.pictures, self.spec, self.seed = family, pictures, spec, seed
         self.keep_latents, self.keep_captions = latents, captions
         self._encoded: dict[Hashable, Encoded] = {}
-        self._states: dict[str, dict[str, torch.Tensor]] = {}
+        self._states: dict[str, Tensors] = {}
 
     def batch(self, positions: list[int]) -> Batch:
         """The batch of these sample positions, a pure function of (seed, positions)."""
-        rows = [data.row_at(p, len(self.pictures), self.seed) for p in positions]
-        return self.rows(rows, positions)
+        return self.rows([self.row_at(p) for p in positions], positions)
+
+    def row_at(self, position: int) -> int:
+        """The picture that a sample position shows."""
+        if self.order is not None:
+            return self.order.row_at(position)
+        return data.row_at(position, len(self.pictures), self.seed)
+
+    def by_size(self, positions: list[int]) -> list[list[int]]:
+        """The positions in groups whose pictures have one size; one group without buckets."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for p in positions:
+            shape = self.pictures.rows[self.row_at(p)]
+            groups.setdefault(data.size_of(self.spec, shape), []).append(p)
+        return list(groups.values())
 
     def class_batch(self, positions: list[int]) -> Batch:
         """The same for class pictures: other positions, so that they draw other noise than the instances do."""
@@ -72,29 +95,73 @@ class Cache:
             else None,
         )
 
+    @property
+    def encoded_each_time(self) -> int:
+        """How many pictures are encoded anew whenever they are seen, because their crops are too many to keep."""
+        if not self.keep_latents:
+            return len(self.pictures)
+        return sum(not data.few_crops(self.spec, row) for row in self.pictures.rows)
+
     def _picture(self, row: int, position: int) -> Encoded:
+        """Moments and states of a picture as it looks at this position."""
         shape = self.pictures.rows[row]
-        one_crop = self.spec.center_crop or shape.width == shape.height
-        key = (row, data.transform_key(self.spec, shape, position, self.seed))
-        if key in self._encoded:
-            return self._encoded[key]
-        picture = data.pixels(self.pictures.image(row), self.spec, position, self.seed)
-        encoded = (*self.family.moments(picture[None]), self.family.picture_states(picture[None]))
-        if not all(torch.isfinite(m).all() for m in encoded[:2]):
-            raise NumericsError(
-                f"The VAE turns {shape.name} into numbers that are not finite; "
-                "take the picture out, or use a VAE that is safe in this precision."
-            )
-        if self.keep_latents and one_crop:
-            self._encoded[key] = encoded
+        look = data.transform_key(self.spec, shape, position, self.seed)
+        if (row, look) in self._encoded:
+            return self._encoded[row, look]
+        if not (self.keep_latents and data.few_crops(self.spec, shape)):
+            return self._encode(row, position)
+        if self.disk is None:
+            encoded = self._encode(row, position)
+        else:
+            key = (self.pictures.sha256(row), *data.transform_setting(self.spec, shape), *look)
+            stored = self.disk.get("picture", *key)
+            if stored is None:
+                encoded = self._encode(row, position)
+                self.disk.put(_packed(encoded), "picture", *key)
+            else:
+                encoded = _unpacked(stored)
+        if self._room_for(_packed(encoded)):
+            self._encoded[row, look] = encoded
         return encoded
 
+    def _encode(self, row: int, position: int) -> Encoded:
+        picture = data.pixels(self.pictures.image(row), self.spec, position, self.seed)
+        mean, std = self.family.moments(picture[None])
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise NumericsError(
+                f"The VAE turns {self.pictures.rows[row].name} into numbers that are not finite; "
+                "take the picture out, or use a VAE that is safe in this precision."
+            )
+        return mean, std, self.family.picture_states(picture[None])
+
     @torch.no_grad()
-    def _caption(self, caption: str) -> dict[str, torch.Tensor]:
-        if caption not in self._states:
-            states = self.family.text_states([caption])
-            self._states[caption] = {name: value.cpu() for name, value in states.items()}
-        return self._states[caption]
+    def _caption(self, caption: str) -> Tensors:
+        if caption in self._states:
+            return self._states[caption]
+        states = None if self.disk is None else self.disk.get("caption", caption)
+        if states is None:
+            found = self.family.text_states([caption])
+            states = {name: value.cpu() for name, value in found.items()}
+            if self.disk is not None:
+                self.disk.put(states, "caption", caption)
+        if self._room_for(states):
+            self._states[caption] = states
+        return states
+
+    def _room_for(self, tensors: Tensors) -> bool:
+        """Whether to remember these in memory: without a disk all, with one up to IN_MEMORY bytes."""
+        self._bytes += sum(value.nbytes for value in tensors.values())
+        return self.disk is None or self._bytes <= IN_MEMORY
+
+
+def _packed(encoded: Encoded) -> Tensors:
+    mean, std, states = encoded
+    return {"mean": mean, "std": std} | {f"state/{name}": value for name, value in states.items()}
+
+
+def _unpacked(tensors: Tensors) -> Encoded:
+    states = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
+    return tensors["mean"], tensors["std"], states
 
 
 def with_prior(instance: Batch, prior: Batch, weight: float) -> Batch:

@@ -11,6 +11,11 @@ from lora_nb.errors import ConfigError
 
 T = TypeVar("T")
 
+
+class TooLittleMemory(ConfigError):
+    """Not even a single picture fits with these settings."""
+
+
 # How the backends that raise a plain RuntimeError say it (Apple's, and the CPU's allocator).
 WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -23,7 +28,7 @@ def ran_out(error: RuntimeError) -> bool:
 def halving(attempt: Callable[[int], T], size: int) -> tuple[T, int]:
     """attempt(size), with half the size each time that memory runs out: (its result, the size that fitted).
 
-    Before each new attempt everything that the failed one held is freed. Raises ConfigError if 1 is too much.
+    Before each new attempt everything that the failed one held is freed. Raises TooLittleMemory if 1 is too much.
     """
     while True:
         try:
@@ -33,7 +38,7 @@ def halving(attempt: Callable[[int], T], size: int) -> tuple[T, int]:
                 raise
             traceback.clear_frames(error.__traceback__)  # frames hold the tensors of the attempt
             if size == 1:
-                raise ConfigError(
+                raise TooLittleMemory(
                     f"A single picture does not fit into memory ({error}): lower resolution or rank, or set "
                     "gradient_checkpointing or mixed_precision='bf16'."
                 ) from error

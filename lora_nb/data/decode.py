@@ -31,6 +31,11 @@ RESAVE = "open it in a picture editor and save it again as PNG, or remove it"
 SHRINK = f"save it smaller than {MAX_PIXELS // 1_000_000} megapixels"
 
 
+def suffix(name: str) -> str:
+    """The end of a file's name from its last dot on, in lower case; something without a dot if it has none."""
+    return name[name.rfind(".") :].lower()
+
+
 class BadPicture(Exception):
     """A picture that cannot be used: what is wrong and what to do; callers add the place."""
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lora_nb.config import DataSpec
-from lora_nb.data.decode import SUFFIXES
+from lora_nb.data.decode import SUFFIXES, suffix
 from lora_nb.data.metadata import METADATA, captions_of, choose_columns, read_lines, read_text
 from lora_nb.data.report import Problems
 from lora_nb.data.sources import FileSource, Found
@@ -57,9 +57,9 @@ def split_folder(spec: DataSpec, split: str, problems: Problems) -> Path | None:
 def read_folder(root: Path, spec: DataSpec, problems: Problems) -> list[Found]:
     """Rows of a folder: metadata.jsonl or metadata.csv in it or below, else a text file beside each picture."""
     files, refused = _walk(root, problems)
-    pictures = [name for name in files if _suffix(name) in SUFFIXES]
+    pictures = [name for name in files if suffix(name) in SUFFIXES]
     lists = [name for name in files if name.rpartition("/")[2] in METADATA]
-    if not pictures and not any(_suffix(name) in SUFFIXES for name in refused):
+    if not pictures and not any(suffix(name) in SUFFIXES for name in refused):
         _report_nothing(root, files, problems)
         return []
     if spec.instance_prompt is not None:
@@ -123,14 +123,10 @@ def _is_plain(file: os.DirEntry[str], key: str, home: Path, problems: Problems) 
     if not (os.path.isfile(file.path) if linked else file.is_file()):  # a link may lead in a circle
         problems.error(key, "is not a plain file (a broken link or a device)", COPY)
         return False
-    if (suffix := _suffix(key)) in OTHER_PICTURES:
+    if (kind := suffix(key)) in OTHER_PICTURES:
         fix = f"save it in one of {', '.join(SUFFIXES)}"
-        problems.warning(key, f"pictures of type {suffix} are not read", fix)
+        problems.warning(key, f"pictures of type {kind} are not read", fix)
     return True
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
 
 
 def _text_beside(name: str) -> str:
@@ -138,7 +134,7 @@ def _text_beside(name: str) -> str:
 
 
 def _report_nothing(root: Path, files: dict[str, str], problems: Problems) -> None:
-    suffixes = set(map(_suffix, files))
+    suffixes = set(map(suffix, files))
     fix = "put pictures there, or name another folder"
     if ".parquet" in suffixes:
         fix = "give a folder of parquet files as dataset_name instead of train_data_dir"
@@ -158,7 +154,7 @@ def _from_metadata(
     """The good rows, and every picture named by any row."""
     rows: list[Found] = []
     named: set[str] = set()
-    spelled = {name.lower(): name for name in files}
+    spelled: dict[str, str] = {}  # names in lower case, once one is needed
     for name in lists:
         folder = PurePosixPath(name).parent
         prefix = "" if folder == PurePosixPath(".") else f"{folder}/"
@@ -178,6 +174,7 @@ def _from_metadata(
             if key in refused:
                 continue
             if key not in files:
+                spelled = spelled or {name.lower(): name for name in files}
                 _report_lost(f"{name} line {line.number}", value, key, spelled, problems)
                 continue
             named.add(key)
@@ -226,8 +223,8 @@ def _report_leftovers(
         if name not in named:
             fix = "it is left out; add a line to the metadata file"
             problems.warning(name, "has no line in the metadata", fix)
-    unread = [n for n in pictures if _text_beside(n) in files]
-    if unread:
+    texts = any(name.endswith(".txt") for name in files)
+    if unread := [n for n in pictures if texts and _text_beside(n) in files]:
         what = f"there are .txt files beside {len(unread)} of the pictures too"
         problems.note("metadata", what, "the captions of the metadata file are used")
 
@@ -238,7 +235,7 @@ def _with_one_caption(
     if lists or any(name.lower().endswith(".txt") for name in files):
         what = f"the pictures have captions of their own; instance_prompt {caption!r} is used"
         problems.note("captions", what, "leave out instance_prompt to train on theirs")
-    return [Found(name, name, (caption,), FileSource(files[name])) for name in pictures]
+    return [Found(name, name, (caption,), FileSource(files[name]), {}) for name in pictures]
 
 
 def _from_sidecars(
@@ -247,7 +244,7 @@ def _from_sidecars(
     texts = {name for name in files if name.lower().endswith(".txt")}
     beside = {name: _text_beside(name) for name in pictures}
     if pictures and not texts & set(beside.values()):
-        other = [name for name in files if _suffix(name) in (".jsonl", ".json", ".csv", ".parquet")]
+        other = [name for name in files if suffix(name) in (".jsonl", ".json", ".csv", ".parquet")]
         what = "no captions found: neither metadata.jsonl nor text files beside the pictures"
         if other:
             what += f" (there is {other[0]}, which is not a name that is read)"
@@ -261,7 +258,8 @@ def _from_sidecars(
         if text not in texts:
             problems.error(name, "has no caption", "write it into a .txt file of the same name")
         elif (caption := read_text(Path(files[text]), text, problems)) is not None:
-            rows.append(Found(name, name, (" ".join(caption.split()),), FileSource(files[name])))
+            words = " ".join(caption.split())
+            rows.append(Found(name, name, (words,), FileSource(files[name]), {}))
     for text in sorted(texts - set(beside.values())):
         fix = "add the picture of the same name, or remove the text"
         problems.warning(text, "is a caption without a picture", fix)

@@ -4,6 +4,9 @@ Checking is in scan, pixels are in transforms.
 """
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from lora_nb.errors import DataError
 class Pictures:
     """Rows that passed the scan; a picture is read again each time it is asked for, so memory stays flat."""
 
-    spec: DataSpec  # for a validation split: without flip, random crop and caption dropout
+    spec: DataSpec  # for a validation split: without flip, random crop, buckets and caption dropout
     report: Report
     sources: list[Source]
 
@@ -47,8 +50,19 @@ class Pictures:
 
     def image(self, i: int) -> Image.Image:
         """Picture i, upright, in RGB; raises DataError if the file changed since the scan."""
-        try:
+        with self._named(i):
             return decode(self.sources[i].read()).image
+
+    def sha256(self, i: int) -> str:
+        """Of the bytes of picture i as they are now; raises DataError if there are none any more."""
+        with self._named(i):
+            return hashlib.sha256(self.sources[i].read()).hexdigest()
+
+    @contextmanager
+    def _named(self, i: int) -> Iterator[None]:
+        """Say of which picture a problem is."""
+        try:
+            yield
         except BadPicture as bad:
             raise DataError(
                 f"In {self.folder}: {self.rows[i].name}: {bad.what}; {bad.fix}."
@@ -69,5 +83,6 @@ def load(spec: DataSpec, split: str = "train", tokenizer: Any = None) -> Picture
     report, sources = examine(spec, split, tokenizer)
     report.raise_for_errors()
     if split != "train":
-        spec = dataclasses.replace(spec, center_crop=True, random_flip=False, caption_dropout=0.0)
+        plain = {"center_crop": True, "random_flip": False, "bucket_step": None}
+        spec = dataclasses.replace(spec, **plain, caption_dropout=0.0)
     return Pictures(spec, report, sources)

@@ -6,7 +6,6 @@ It decides what is worth a word; finding rows is in sources, opening pictures in
 import gc
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from lora_nb.config import DataSpec
-from lora_nb.data.decode import MAX_PIXELS, SUFFIXES, BadPicture
+from lora_nb.data.decode import MAX_PIXELS, SUFFIXES, BadPicture, suffix
 from lora_nb.data.duplicates import check_duplicates
 from lora_nb.data.folder import read_folder, split_folder
 from lora_nb.data.looks import Look, Looks, at_header
@@ -148,7 +147,7 @@ def _check_size(item: Found, size: tuple[int, int], spec: DataSpec, problems: Pr
 
 
 def _check_name(item: Found, kind: str, problems: Problems) -> None:
-    if SUFFIXES.get(os.path.splitext(item.name)[1].lower(), kind) != kind:
+    if SUFFIXES.get(suffix(item.name), kind) != kind:
         fix = "it is read all the same; rename it for other programs"
         problems.note(item.where, f"is a {kind} file by its content", fix)
 

@@ -2,9 +2,9 @@
 
 import io
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -12,8 +12,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from lora_nb.data.decode import MAX_BYTES, SHRINK, BadPicture
 
 
-@dataclass(frozen=True)
-class FileSource:
+class FileSource(NamedTuple):
     """A picture file on disk."""
 
     path: str
@@ -78,12 +77,11 @@ class TableSource:
 Source = FileSource | TableSource
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A picture with captions, before it is opened; `where` names it in problems."""
 
     where: str
     name: str
     captions: tuple[str, ...]
     source: Source
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any]

@@ -1,11 +1,11 @@
-"""From an RGB picture to a square of pixels, and the order of samples.
+"""From an RGB picture to the pixels that are trained on, and the order of samples.
 
 Every random choice is a function of (seed, position); position is the global number of a sample, counted over the
 whole run. Decoding files is in decode.
 """
 
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,7 @@ from PIL import Image
 
 from lora_nb import rng
 from lora_nb.config import DataSpec
-
-
-class Sized(Protocol):
-    """Anything with a width and a height: a Row or a PIL picture."""
-
-    width: int
-    height: int
+from lora_nb.data.buckets import Sized, size_of
 
 
 class Key(NamedTuple):
@@ -30,47 +24,63 @@ class Key(NamedTuple):
     left: int
 
 
-def resized(picture: Sized, resolution: int) -> tuple[int, int]:
-    """Width and height after the shorter side became `resolution`, the longer one rounded down."""
-    short, long = sorted((picture.width, picture.height))
-    long = int(resolution * long / short)
-    return (resolution, long) if picture.width <= picture.height else (long, resolution)
+def resized(picture: Sized, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height after the picture was scaled to cover `size` (width, height); what exceeds is rounded down."""
+    width, height = size
+    if width * picture.height >= height * picture.width:
+        return width, int(width * picture.height / picture.width)
+    return int(height * picture.width / picture.height), height
 
 
 def transform_key(spec: DataSpec, row: Sized, position: int, seed: int) -> Key:
     """Where the crop lies and whether the picture is mirrored at this position."""
-    width, height = resized(row, spec.resolution)
-    down, right = height - spec.resolution, width - spec.resolution
+    size = size_of(spec, row)
+    right, down = (whole - part for whole, part in zip(resized(row, size), size, strict=True))
     if spec.center_crop or not (down or right):
         top, left = round(down / 2), round(right / 2)
     else:
-        u = torch.rand(2, generator=rng.generator(seed, "crop", position)).tolist()
+        place = position
+        if spec.random_crops is not None:
+            place = int(rng.uniform(seed, "crop choice", [position]).item() * spec.random_crops)
+        u = torch.rand(2, generator=rng.generator(seed, "crop", place)).tolist()
         top, left = int(u[0] * (down + 1)), int(u[1] * (right + 1))
     flip = spec.random_flip and rng.uniform(seed, "flip", [position]).item() < 0.5
     return Key(flip, top, left)
 
 
+def transform_setting(spec: DataSpec, row: Sized) -> tuple[int, int, str]:
+    """What is the same at all positions: width and height of the crop, and how pixels are resampled."""
+    return *size_of(spec, row), spec.image_interpolation_mode
+
+
+def few_crops(spec: DataSpec, row: Sized) -> bool:
+    """Whether a picture is cropped in so few places that each can be remembered."""
+    size = size_of(spec, row)
+    return spec.center_crop or spec.random_crops is not None or resized(row, size) == size
+
+
 def geometry(
     spec: DataSpec, row: Sized, position: int, seed: int
 ) -> tuple[int, int, int, int, int, int]:
-    """Original height and width, top and left of the crop, height and width of the square, in pixels.
+    """Original height and width, top and left of the crop, its height and width, in pixels.
 
     Seen as if the whole resized picture had been mirrored before the crop: what is cut off on the left is counted on
     the right then. SDXL is told this (Podell et al. 2023, section 2.2).
     """
-    key = transform_key(spec, row, position, seed)
-    right = resized(row, spec.resolution)[0] - spec.resolution - key.left
+    key, (width, height) = transform_key(spec, row, position, seed), size_of(spec, row)
+    right = resized(row, (width, height))[0] - width - key.left
     left = right if key.flip else key.left
-    return row.height, row.width, key.top, left, spec.resolution, spec.resolution
+    return row.height, row.width, key.top, left, height, width
 
 
 def pixels(image: Image.Image, spec: DataSpec, position: int, seed: int) -> torch.Tensor:
-    """Resize the shorter side, crop, maybe mirror: (3, R, R) float32 in [-1, 1]. `image` is RGB."""
+    """Scale, crop, maybe mirror: (3, H, W) float32 in [-1, 1], square unless there are buckets. `image` is RGB."""
     flip, top, left = transform_key(spec, image, position, seed)
-    size = resized(image, spec.resolution)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling[spec.image_interpolation_mode.upper()])
-    image = image.crop((left, top, left + spec.resolution, top + spec.resolution))
+    width, height = size_of(spec, image)
+    whole = resized(image, (width, height))
+    if whole != image.size:
+        image = image.resize(whole, Image.Resampling[spec.image_interpolation_mode.upper()])
+    image = image.crop((left, top, left + width, top + height))
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

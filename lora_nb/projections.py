@@ -1,0 +1,189 @@
+"""Attention whose LoRA projections take fewer kernels: peft's numbers to float32 rounding, in less time.
+
+peft adds a branch by a product, a scaling and an addition of the full width, and q, k and v each read their common
+input. Here projections of one input are one product with their branches. Layers and weights stay where peft has them,
+so there is nothing to undo for saving, scaling, merging or removing.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from peft.tuners.lora import Linear
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from lora_nb import adapters
+from lora_nb.families import Family
+
+
+class Projection(torch.autograd.Function):
+    """x W^T + b + scale (x A^T) B^T for layers side by side (Hu et al. 2021, equation 3).
+
+    x: (N, in). weight: (outs, in), one layer's below the other's, and bias (outs,) or None; both frozen. factors: A
+    (rank, in) of each layer, then B (out, rank) of each, float32; they are used in x's dtype. Result: (N, outs).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, scale: float, *factors: Any) -> Any:
+        half = len(factors) // 2
+        a = torch.cat(factors[:half]).to(x.dtype)
+        bs = [b.to(x.dtype) for b in factors[half:]]
+        ctx.outs, ctx.ranks, ctx.scale = [len(b) for b in bs], [b.shape[1] for b in bs], scale
+        inner = x @ a.T  # (N, ranks)
+        y = F.linear(x, weight, bias)
+        for out, u, b in zip(y.split(ctx.outs, 1), inner.split(ctx.ranks, 1), bs, strict=True):
+            out.addmm_(u, b.T, alpha=scale)
+        ctx.save_for_backward(x, weight, inner, a, *bs)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any) -> Any:
+        x, weight, inner, a, *bs = ctx.saved_tensors
+        dys, us = dy.split(ctx.outs, 1), inner.split(ctx.ranks, 1)
+        d_inner = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1)
+        d_a = (d_inner.T @ x).float().mul_(ctx.scale).split(ctx.ranks)
+        d_bs = [(d.T @ u).float().mul_(ctx.scale) for d, u in zip(dys, us, strict=True)]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(d_inner, a, alpha=ctx.scale)
+        return dx, None, None, None, *d_a, *d_bs
+
+
+class GroupedAttention:
+    """A processor of plain attention: layers that read the same input are one product with their branches."""
+
+    def __init__(self) -> None:
+        self._shared: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **rest: Any,
+    ) -> torch.Tensor:
+        """Hidden states (B, N, width) after attention, as diffusers' own processor gives them."""
+        if attention_mask is not None or hidden_states.ndim != 3:
+            others = (encoder_hidden_states, attention_mask)
+            return AttnProcessor2_0()(attn, hidden_states, *others, **rest)
+        if encoder_hidden_states is None:
+            parts = self._project(attn, ("to_q", "to_k", "to_v"), hidden_states)
+        else:
+            parts = self._project(attn, ("to_q",), hidden_states)
+            parts += self._project(attn, ("to_k", "to_v"), encoder_hidden_states)
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+        mixed = attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](*self._project(attn, ("to_out.0",), mixed))
+
+    def _project(
+        self, attn: Attention, names: tuple[str, ...], x: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of the named layers for their common input x, (B, N, out) each."""
+        layers = [attn.get_submodule(name) for name in names]
+        bases = [layer.base_layer if isinstance(layer, Linear) else layer for layer in layers]
+        adapted = [layer for layer in layers if layer not in bases and _active(layer)]
+        alike = len(adapted) in (0, len(layers)) and all(map(_simple, adapted))
+        alike = alike and len({layer.scaling[adapters.ADAPTER] for layer in adapted}) < 2
+        if not alike or {type(base) for base in bases} != {nn.Linear}:
+            return tuple(layer(x) for layer in layers)
+        weight, bias = self._frozen(names, bases)
+        rows = x.flatten(0, 1)
+        if adapted:
+            factors = [layer.lora_A[adapters.ADAPTER].weight for layer in layers]
+            factors += [layer.lora_B[adapters.ADAPTER].weight for layer in layers]
+            scale = layers[0].scaling[adapters.ADAPTER]
+            y = Projection.apply(rows, weight, bias, scale, *factors)
+        else:
+            y = F.linear(rows, weight, bias)
+        return y.unflatten(0, x.shape[:2]).split([base.out_features for base in bases], -1)
+
+    def _frozen(
+        self, names: tuple[str, ...], bases: list[nn.Linear]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layers' weights and biases below each other, in one tensor that theirs are views of.
+
+        So nothing is kept twice, and an adapter merged into them is merged here. Made anew after a move to a device.
+        """
+        first = bases[0]
+        if len(bases) == 1:
+            return first.weight, first.bias
+        if (
+            names not in self._shared
+            or self._shared[names][0].data_ptr() != first.weight.data_ptr()
+        ):
+            bias = None if first.bias is None else _side_by_side([base.bias for base in bases])
+            self._shared[names] = _side_by_side([base.weight for base in bases]), bias
+        return self._shared[names]
+
+
+def _side_by_side(tensors: list[nn.Parameter]) -> torch.Tensor:
+    together = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, part in zip(tensors, together.split([len(t) for t in tensors]), strict=True):
+        tensor.data = part
+    return together
+
+
+def _active(layer: Linear) -> bool:
+    return not (layer.disable_adapters or layer.merged)
+
+
+def _simple(layer: Linear) -> bool:
+    """Whether a layer carries one plain adapter, ours, without dropout."""
+    name = adapters.ADAPTER
+    return (
+        list(layer.lora_A) == [name] == layer.active_adapters
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and not layer.lora_variant
+        and not layer.lora_bias[name]
+    )
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Scaled dot-product attention of (B, heads, N, d); bfloat16 on a CPU is computed in float32.
+
+    There the backward pass in bfloat16 takes two to five times as long.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        whole = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        return whole.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def group(family: Family) -> int:
+    """Let the plain attention layers of the network project together; returns how many do.
+
+    Layers with dropout, several adapters or another kind of attention compute as before.
+    """
+    found = [m for m in _network(family).modules() if isinstance(m, Attention) and _plain(m)]
+    for attn in found:
+        if not isinstance(attn.processor, GroupedAttention):
+            attn.set_processor(GroupedAttention())
+    return len(found)
+
+
+def ungroup(family: Family) -> None:
+    """Give the attention layers the library's own processor back."""
+    for attn in _network(family).modules():
+        if isinstance(attn, Attention) and isinstance(attn.processor, GroupedAttention):
+            attn.set_processor(AttnProcessor2_0())
+
+
+def _network(family: Family) -> nn.Module:
+    return family.trainable[next(iter(family.targets))]
+
+
+def _plain(attn: Attention) -> bool:
+    """Whether attention is projections, softmax and an output projection, and nothing else."""
+    norms = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross")
+    return (
+        type(attn.processor) in (AttnProcessor2_0, GroupedAttention)
+        and all(getattr(attn, norm) is None for norm in norms)
+        and attn.add_k_proj is None
+        and attn.inner_kv_dim == attn.inner_dim
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )

@@ -1,0 +1,174 @@
+"""Grouped projections compute what peft's layers compute, and stand in the way of nothing."""
+
+import pytest
+import torch
+
+from lora_nb import adapters, projections
+from lora_nb.config import LoraSpec
+from lora_nb.families import load_family
+from lora_nb.inference import fused, generate, use_adapter
+from lora_nb.trainer import train
+
+
+def outputs(family, requires_grad=True):
+    """A prediction and the gradients of all adapter weights, at fixed inputs."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    states = {"encoder_hidden_states": torch.randn(2, 16, 32, generator=generator)}
+    prediction = family.predict(x, torch.tensor([10, 900]), states)
+    weights = adapters.parameters(family)["unet"]
+    prediction.square().mean().backward()
+    grads = [w.grad.clone() for w in weights]
+    for weight in weights:
+        weight.grad = None
+    return prediction.detach(), grads
+
+
+def adapted(model, dtype=torch.float32, seed=5, **spec):
+    """A family whose adapters do something."""
+    family = load_family("sd", str(model), dtype=dtype)
+    adapters.add(family, {"unet": LoraSpec(**{"rank": 3, "lora_alpha": 5.0} | spec)}, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in adapters.parameters(family)["unet"]:
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return family
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"target_modules": ("to_k", "to_v")},
+        {"target_modules": ("to_q", "to_out.0")},
+        {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1")},
+        {"lora_dropout": 0.5},
+    ],
+)
+def test_prediction_and_gradients_are_those_of_peft(tiny_sd, spec):
+    family = adapted(tiny_sd, **spec)
+    family.unet.train(spec == {})
+    plain, plain_grads = outputs(family)
+    assert projections.group(family) > 0
+    grouped, grads = outputs(family)
+    torch.testing.assert_close(grouped, plain, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(grads, plain_grads, atol=1e-6, rtol=1e-4)
+    projections.ungroup(family)
+    assert torch.equal(outputs(family)[0], plain)
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny_sd):
+    family = adapted(tiny_sd)
+    projections.group(family)
+    plain = outputs(family)
+    family.enable_gradient_checkpointing()
+    family.unet.train()
+    assert family.unet.is_gradient_checkpointing
+    torch.testing.assert_close(outputs(family), plain, atol=0, rtol=0)
+
+
+def test_it_is_the_grouped_product_that_runs(tiny_sd, monkeypatch):
+    family, calls = adapted(tiny_sd), []
+    apply = projections.Projection.apply
+    monkeypatch.setattr(
+        projections.Projection, "apply", lambda *a: calls.append(len(a[4:]) // 2) or apply(*a)
+    )
+    layers = projections.group(family)
+    outputs(family)
+    # Cross attention has q, then k and v; self attention has all three; and each an output.
+    assert sorted(calls) == sorted([1, 2, 1] * (layers // 2) + [3, 1] * (layers // 2))
+
+
+def test_scaling_rank_stabilised_or_by_block_is_followed(tiny_sd):
+    family = adapted(tiny_sd)
+    for factor in (5 / 3**0.5, 0.0):
+        adapters.set_scale(family, factor)
+        projections.ungroup(family)
+        plain = outputs(family)
+        projections.group(family)
+        torch.testing.assert_close(outputs(family), plain, atol=1e-6, rtol=1e-4)
+    _, layer = next(adapters.layers(family.unet))
+    layer.set_scale(adapters.ADAPTER, 3.0)  # one of three alone
+    grouped = outputs(family)[0]
+    projections.ungroup(family)
+    torch.testing.assert_close(grouped, outputs(family)[0], atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_disabled_merged_and_removed_adapters(tiny_sd):
+    plain, grouped = adapted(tiny_sd), adapted(tiny_sd)
+    before = {name: w.clone() for name, w in grouped.unet.named_parameters()}
+    projections.group(grouped)
+    draw = {"prompts": "a cat", "seeds": [1, 2], "num_inference_steps": 2}
+
+    def both():
+        return (
+            torch.from_numpy(_numbers(generate(f.pipeline(), **draw))) for f in (plain, grouped)
+        )
+
+    torch.testing.assert_close(*both(), atol=1, rtol=0)
+    with adapters.disabled(plain), adapters.disabled(grouped):
+        torch.testing.assert_close(*both(), atol=1, rtol=0)
+    with fused(plain.pipeline()), fused(grouped.pipeline()):
+        torch.testing.assert_close(*both(), atol=1, rtol=0)
+    assert all(torch.equal(w, before[name]) for name, w in grouped.unet.named_parameters())
+    adapters.remove(plain)
+    adapters.remove(grouped)
+    torch.testing.assert_close(*both(), atol=1, rtol=0)
+
+
+def _numbers(pictures):
+    import numpy as np
+
+    return np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+
+
+def test_several_adapters_are_left_to_peft(tiny_sd, config, tmp_path):
+    training = train(config)
+    list(training)
+    plain, grouped = adapted(tiny_sd), adapted(tiny_sd)
+    projections.group(grouped)
+    for family in (plain, grouped):
+        use_adapter(family.pipeline(), config.output_dir, name="second")
+    draw = {"prompts": "a cat", "seeds": [1], "num_inference_steps": 2}
+    assert generate(plain.pipeline(), **draw) == generate(grouped.pipeline(), **draw)
+
+
+def test_a_pipeline_that_was_grouped_saves_and_moves(tiny_sd, tmp_path):
+    family = adapted(tiny_sd)
+    projections.group(family)
+    before = outputs(family)[0]
+    family.unet.double().float()  # every weight gets a storage of its own
+    assert torch.equal(outputs(family)[0], before)
+    adapters.remove(family)
+    family.pipeline().save_pretrained(tmp_path / "saved")
+    again = load_family("sd", str(tmp_path / "saved"))
+    for (name, ours), theirs in zip(
+        family.unet.named_parameters(), again.unet.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_training_is_the_same_to_rounding(config):
+    losses = {}
+    for on in (True, False):
+        run = config.replace(fused_lora=on, max_train_steps=8, overwrite=True)
+        losses[on] = [step.loss for step in train(run)]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-6)
+
+
+def test_bfloat16_stays_near_float32_and_keeps_float32_adapters(config):
+    """The frozen weights are rounded, the adapters are not."""
+    losses = {}
+    for precision in ("no", "bf16"):
+        run = config.replace(mixed_precision=precision, max_train_steps=8, overwrite=True)
+        training = train(run)
+        losses[precision] = [step.loss for step in training]
+        dtypes = {w.dtype for w in training.weights["unet"]}
+        assert dtypes == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["no"], abs=2e-3)
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_computed_in_float32():
+    q, k, v = torch.randn(3, 1, 2, 16, 8).bfloat16().unbind()
+    exact = projections.attention(q.float(), k.float(), v.float())
+    assert torch.equal(projections.attention(q, k, v), exact.bfloat16())
