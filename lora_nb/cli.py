@@ -1,10 +1,11 @@
-"""The command line: train, doctor, generate, inspect, export.
+"""The command line: train, preflight, doctor, generate, inspect, export, compare, push.
 
 Every setting is a field of the config dataclasses; every error of ours is one sentence and exit code 2.
 The notebooks use the functions behind this, not the command line.
 """
 
 import argparse
+import dataclasses
 import difflib
 import os
 import signal
@@ -89,6 +90,15 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     flags.add_flags(train)
     train.set_defaults(run=_train)
 
+    preflight = commands.add_parser(
+        "preflight",
+        help="say what a training would cost",
+        usage="lora-nb preflight [FLAGS OF TRAIN]",
+        description=_PREFLIGHT,
+    )
+    flags.add_flags(preflight)
+    preflight.set_defaults(run=_preflight)
+
     doctor = commands.add_parser(
         "doctor", help="look at this machine and at a folder of pictures", description=_DOCTOR
     )
@@ -141,6 +151,16 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     inspect.add_argument("--modules", action="store_true", help="also a line for each layer")
     inspect.set_defaults(run=_inspect)
 
+    bench = commands.add_parser(
+        "bench", help="measure speed and memory against the reference script", description=_BENCH
+    )
+    for flag, kind, default, text in _BENCH_FLAGS:
+        bench.add_argument(f"--{flag}", type=kind, default=default, metavar="X", help=text)
+    bench.add_argument("--only", nargs="+", default=(), metavar="PART", help=_BENCH_PARTS)
+    bench.add_argument("--full", action="store_true", help="measure 10 epochs, not only 3")
+    bench.add_argument("--gpu", action="store_true", help="large shapes on the GPU that is here")
+    bench.set_defaults(run=_bench)
+
     export = commands.add_parser(
         "export", help="write a LoRA file for other programs, with proof", description=_EXPORT
     )
@@ -154,15 +174,47 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )
     export.add_argument("--dtype", default="fp32", metavar="TEXT", help="fp32, fp16 or bf16 [fp32]")
     export.set_defaults(run=_export)
+
+    compare = commands.add_parser(
+        "compare", help="say what sets two runs apart", description=_COMPARE
+    )
+    compare.add_argument("a", metavar="RUN", help="a run's folder")
+    compare.add_argument("b", metavar="RUN", help="another one")
+    compare.add_argument("--output", metavar="FILE", help="also write it as one HTML page")
+    compare.set_defaults(run=_compare)
+
+    push = commands.add_parser("push", help="upload a run to the Hub", description=_PUSH)
+    push.add_argument("folder", metavar="RUN", help="a run's folder")
+    push.add_argument("--repo_id", metavar="TEXT", help="user/name [the folder's name]")
+    push.add_argument(
+        "--public", action="store_true", help="make a new repository public [private]"
+    )
+    push.add_argument("--dry_run", action="store_true", help="list the files and send nothing")
+    push.set_defaults(run=_push)
     return parser, commands.choices
 
 
 _TRAIN = """Train LoRA adapters. Names, meaning and defaults are those of the reference text-to-image LoRA
 script where it has the flag. Without --pretrained_model_name_or_path the embedded base model and its
 settings are used."""
+_PREFLIGHT = """Say what `train` with the same flags would cost on this machine in time and memory, and what to change
+if it does not fit. A few steps are made in a scratch folder; the run's own is not touched."""
 _DOCTOR = "Compare this machine with what the tests ran on and, given a folder, report on its pictures and captions."
 _GENERATE = (
     "Draw one PNG for each prompt and seed. A picture depends on its own prompt and seed only."
+)
+_BENCH = """Train ours and the reference script on the same work, made from a seed, and write the ratios into a file.
+Without --reference a plain loop of the same work is the other side. About a quarter of an hour; parts measured before
+are kept."""
+_BENCH_PARTS = "of training switches whole validation startup scaling forecast [all]"
+_BENCH_FLAGS = (
+    ("reference", str, None, "folder of a diffusers checkout"),
+    ("rounds", int, 3, "how often the sides take turns [3]"),
+    ("steps", int, 30, "timed steps of a round [30]"),
+    ("threads", int, 1, "threads of each process [1]"),
+    ("cap", float, None, "with --gpu, GiB of memory that may be used, such as 15 for a T4"),
+    ("work", str, None, "folder of inputs and results [in the cache folder]"),
+    ("out", str, "BENCHMARKS.md", "the file with the tables [BENCHMARKS.md]"),
 )
 _INSPECT = (
     "Describe a LoRA file: format, parts, ranks, alphas, metadata, and what is wrong with it."
@@ -170,6 +222,13 @@ _INSPECT = (
 _EXPORT = (
     "Convert a LoRA file to the form of ComfyUI and A1111 (kohya) or of diffusers, read it back into a "
     "fresh base model by two readers, and keep what they found beside it as .certificate.json."
+)
+_COMPARE = (
+    "Settings that differ, losses pair by pair where both runs saw the same noise, sizes and times."
+)
+_PUSH = (
+    "Upload adapter, certificates, card, report and samples of a run as one commit; nothing else of it. "
+    "The same again uploads what has changed since. The token is that of `hf auth login` or HF_TOKEN."
 )
 _SAMPLING = (
     ("num_inference_steps", int, 30),
@@ -182,23 +241,12 @@ _SAMPLING = (
 
 
 def _train(args: argparse.Namespace) -> int:
-    from lora_nb.formats import KOHYA_FILE
-    from lora_nb.inference import export, with_samples
-    from lora_nb.report import write_card, write_report
+    from lora_nb.inference import with_samples
     from lora_nb.trainer import train
 
     _warn_of_a_lonely_process()
-    given = vars(args)
-    base = None
-    if "pretrained_model_name_or_path" not in given and args.config is None:
-        base = _embedded()
-        if "dataset_name" in given:
-            base["data"]["train_data_dir"] = None
-        pictures = (
-            "" if {"train_data_dir", "dataset_name"} & set(given) else " and its pictures data/ink"
-        )
-        _say(f"No base model is named, so the embedded one{pictures} is used (preset tiny).")
-    settings = flags.from_flags(args, base)
+    settings = _settings_of(args)
+    repo_id = _destination(args, settings)
     if settings.with_prior_preservation:
         _class_pictures(settings)
     training = train(settings)
@@ -216,12 +264,63 @@ def _train(args: argparse.Namespace) -> int:
     if training.interrupted:
         _say(f"Stopped at step {training.start_step}; the same command continues from there.")
         return 128 + (training.stopped_by or signal.SIGINT)
+    folder = training.folder
+    del training, steps  # what follows loads the base model anew
     if _main_process():
-        if settings.output_kohya_format:
-            _say(export(training.folder, training.folder / KOHYA_FILE).table())
-        write_card(training.folder)
-        _say(f"Adapter, samples and {write_report(training.folder).name} are in {training.folder}.")
+        _share(args, settings, folder, repo_id)
     return 0
+
+
+def _destination(args: argparse.Namespace, settings: config.TrainConfig) -> str | None:
+    """Where --push_to_hub will upload to, asked before the first step, so that no training is lost to a wrong token."""
+    given = vars(args)
+    if "push_to_hub" not in given or not _main_process():
+        return None
+    from lora_nb.hub import destination
+
+    name = given.get("hub_model_id") or Path(settings.output_dir).resolve().name
+    return destination(name, given.get("hub_token"))
+
+
+def _share(
+    args: argparse.Namespace, settings: config.TrainConfig, folder: Path, repo_id: str | None
+) -> None:
+    """What people take away: files for other programs, report and card, and the upload."""
+    from lora_nb.formats import KOHYA_FILE
+    from lora_nb.hub import push_to_hub
+    from lora_nb.inference import export
+    from lora_nb.report import write_card, write_report
+
+    if settings.output_kohya_format:
+        _say(export(folder, folder / KOHYA_FILE).table())
+    report = write_report(folder)
+    write_card(folder)
+    _say(f"Adapter, samples and {report.name} are in {folder}.")
+    if repo_id:
+        _say(push_to_hub(folder, repo_id, token=vars(args).get("hub_token")).table())
+
+
+def _settings_of(args: argparse.Namespace) -> config.TrainConfig:
+    """The config of the flags; without a base model or a config file, that of the embedded base."""
+    given = vars(args)
+    base = None
+    if "pretrained_model_name_or_path" not in given and args.config is None:
+        base = _embedded()
+        if "dataset_name" in given:
+            base["data"]["train_data_dir"] = None
+        pictures = (
+            "" if {"train_data_dir", "dataset_name"} & set(given) else " and its pictures data/ink"
+        )
+        _say(f"No base model is named, so the embedded one{pictures} is used (preset tiny).")
+    return flags.from_flags(args, base)
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from lora_nb.forecast import preflight
+
+    forecast = preflight(_settings_of(args))
+    print(forecast)
+    return 0 if forecast.fits else 1
 
 
 def _warn_of_a_lonely_process() -> None:
@@ -327,8 +426,35 @@ def _inspect(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from lora_nb.bench.command import Wanted, run
+
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Wanted)}
+    _say(f"Wrote {run(Wanted(**asked | {'only': tuple(args.only)}), _say)}.")
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
     from lora_nb.inference import export
 
     print(export(args.file, args.output, args.format, args.model, args.dtype).table())
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from lora_nb.files import write_atomically
+    from lora_nb.report import compare
+
+    compared = compare(args.a, args.b)
+    print(compared.table())
+    if args.output:
+        print(write_atomically(Path(args.output), compared.page()))
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from lora_nb.hub import push_to_hub
+
+    name = args.repo_id or Path(args.folder).resolve().name
+    print(push_to_hub(args.folder, name, not args.public, dry_run=args.dry_run).table())
     return 0

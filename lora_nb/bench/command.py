@@ -1,0 +1,98 @@
+"""`lora-nb bench`: run the parts that are asked for, keep their results, and write the tables from all there are."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_nb import env
+from lora_nb.bench import machine, tables
+from lora_nb.bench.parts import PARTS, Bench, conditions
+from lora_nb.errors import ConfigError
+from lora_nb.families.shapes import SHAPES
+from lora_nb.files import write_atomically
+
+SCRIPT = Path("examples") / "text_to_image" / "train_text_to_image_lora.py"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for. reference: a diffusers checkout. work: where results and inputs are kept."""
+
+    reference: str | None = None
+    rounds: int = 3
+    steps: int = 30
+    threads: int = 1
+    only: tuple[str, ...] = ()
+    full: bool = False
+    gpu: bool = False
+    cap: float | None = None
+    work: str | None = None
+    out: str = "BENCHMARKS.md"
+
+
+def run(wanted: Wanted, say=print) -> Path:
+    """Measure and write; returns the path of the tables. A part that was measured before is kept until measured anew.
+
+    Raises ConfigError for a part that does not exist or a checkout without the script, BenchError if the two sides do
+    not compute the same.
+    """
+    names = wanted.only or (() if wanted.gpu else tuple(PARTS))
+    for name in names:
+        if name not in PARTS:
+            raise ConfigError(f"There is no part {name!r}; choose from {', '.join(PARTS)}.")
+    folder = Path(wanted.work) if wanted.work else env.cache_dir() / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(folder, _script(wanted), wanted.rounds, wanted.steps, wanted.threads, wanted.full)
+    if names:
+        bench.check_parity()
+    for name in names:
+        began = time.perf_counter()
+        found = {"conditions": _conditions(bench)} | PARTS[name](bench)
+        _keep(folder, name, found)
+        say(f"{name}: {time.perf_counter() - began:.0f} s")
+    if wanted.gpu:
+        from lora_nb.bench import gpu
+
+        _keep(folder, "gpu", {"conditions": _conditions(bench)} | gpu.measure(folder, wanted.cap))
+    return _write(wanted, folder)
+
+
+def _script(wanted: Wanted) -> Path | None:
+    if wanted.reference is None:
+        return None
+    script = Path(wanted.reference).resolve() / SCRIPT
+    if not script.is_file():
+        raise ConfigError(f"There is no {script}; give the folder of a diffusers checkout.")
+    return script
+
+
+def _conditions(bench: Bench) -> dict[str, str]:
+    return {"on": machine.describe()["date"]} | conditions(bench)
+
+
+def _keep(folder: Path, name: str, found: dict) -> None:
+    write_atomically(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
+
+
+def _write(wanted: Wanted, folder: Path) -> Path:
+    found = {
+        name: json.loads(file.read_text())
+        for name in tables.SECTIONS
+        if (file := folder / f"{name}.json").is_file()
+    }
+    script = None
+    if wanted.reference:
+        script = f"huggingface/diffusers ({Path(wanted.reference).name})"
+    command = "python -m lora_nb bench " + " ".join(_words(sys.argv))
+    text = tables.page(found, machine.describe(), command.strip(), script)
+    if "gpu" not in found:
+        text += "\n" + tables.predictions(shape for shape in SHAPES.values() if shape.expected)
+    return write_atomically(Path(wanted.out), text)
+
+
+def _words(argv: list[str]) -> list[str]:
+    """The arguments after `bench`, without the folders of this machine."""
+    rest = argv[argv.index("bench") + 1 :] if "bench" in argv else []
+    return [Path(word).name if "/" in word else word for word in rest]

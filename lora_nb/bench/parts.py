@@ -1,0 +1,279 @@
+"""The parts of the benchmark: each measures one thing and returns plain data for the tables."""
+
+import dataclasses
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_nb.bench import ground, machine
+from lora_nb.bench.processes import DROPPED, BenchError, Result, Runner
+from lora_nb.bench.switches import SWITCHES
+from lora_nb.families.shapes import SHAPES
+
+TFLOP = 0.0035  # of a picture, UNet forward and LoRA backward
+EPOCHS = (1, 3, 10)
+GATES = {"no": 1e-6, "bf16": 2e-3}  # largest difference of losses
+PICTURE = ("--validation_prompt", "a red thing", "--num_validation_images", "4")
+
+
+@dataclass
+class Bench:
+    """Where and how to measure. reference: the script, None for the plain loop in its place."""
+
+    folder: Path
+    reference: Path | None
+    rounds: int = 3
+    steps: int = 30
+    threads: int = 1
+    full: bool = False
+    parity_steps: int = 30
+    pictures: int = 200
+    side: int = 128  # pixels
+
+    def __post_init__(self) -> None:
+        ground.lay(self.folder, self.pictures, self.side)
+        self.runner = Runner(self.folder, self.threads)
+        self.parity: dict[str, float] = {}
+
+    def flags(self, side: str, steps: int, batch: int = 4, precision: str = "no") -> list[str]:
+        """The command line of one side, with an output folder of its own."""
+        output = self.folder / "runs" / side
+        size = self.pictures, self.side
+        return ground.flags(self.folder, output, steps, batch, precision, *size)
+
+    def theirs(self, steps: int, batch: int = 4, precision: str = "no", **job: Any) -> Result:
+        """The reference script, or the plain loop."""
+        extra = job.pop("extra", ())
+        kind = (
+            {"kind": "script", "script": str(self.reference)}
+            if self.reference
+            else {"kind": "plain"}
+        )
+        argv = [*self.flags("theirs", steps, batch, precision), *extra]
+        return self.runner.run(kind | {"argv": argv} | job)
+
+    def ours(
+        self, kind: str, steps: int, batch: int = 4, precision: str = "no", **job: Any
+    ) -> Result:
+        """Our side of a kind of job, in a folder that is emptied first."""
+        argv = [*self.flags(f"ours-{kind}", steps, batch, precision), "--overwrite"]
+        argv += job.pop("extra", ())
+        environment = job.pop("environment", {})
+        return self.runner.run({"kind": kind, "argv": argv} | job, **environment)
+
+    def fresh(self) -> dict[str, str]:
+        """The environment of a job that finds nothing encoded."""
+        return {"LORA_NB_CACHE": tempfile.mkdtemp(prefix="cold-", dir=self.folder)}
+
+    def check_parity(self) -> dict[str, float]:
+        """Largest loss difference of 30 steps on the other side's draws, by precision; once for a run of the bench.
+
+        Raises BenchError if one is beyond its gate: no speed is reported then.
+        """
+        if self.parity:
+            return self.parity
+        draws = self.folder / "draws.safetensors"
+        theirs = self.theirs(self.parity_steps, record=str(draws)).losses
+        for precision, gate in GATES.items():
+            changes = {"max_grad_norm": 0.0}  # the script's clipping does nothing
+            job = {"draws": str(draws), "changes": changes}
+            losses = self.ours("replay", self.parity_steps, 4, precision, **job).losses
+            worst = max(abs(a - b) for a, b in zip(theirs, losses, strict=True))
+            if not worst <= gate:
+                raise BenchError(
+                    f"The losses of {self.parity_steps} steps differ by up to {worst:.1e} in {precision!r} precision, "
+                    f"more than {gate:.0e}, so this is not the same work and no speed is measured; look at {draws}."
+                )
+            self.parity[precision] = worst
+        return self.parity
+
+    def peak(self) -> float:
+        """GFLOP/s of a matrix product now, with the threads of the benchmark."""
+        return self.runner.run({"kind": "peak"}).found["gflops"]
+
+
+def training(bench: Bench) -> dict[str, Any]:
+    """Seconds of a steady step, both sides in turn; batch 4 in float32 and bf16, batch 1 in float32."""
+    parity = bench.check_parity()
+    rows, steps = [], bench.steps + DROPPED
+    for batch, precision in ((4, "no"), (1, "no"), (4, "bf16")):
+        pairs, peaks = [], []
+        for _ in range(bench.rounds):
+            peaks.append(bench.peak())
+            theirs = bench.theirs(steps, batch, precision)
+            pairs.append((theirs, bench.ours("steady", steps, batch, precision)))
+        rows.append(_compared(batch, precision, pairs, max(peaks)))
+    return {"parity": parity, "rows": rows, "steps": bench.steps, "rounds": bench.rounds}
+
+
+def _compared(
+    batch: int, precision: str, pairs: list[tuple[Result, Result]], peak: float
+) -> dict[str, Any]:
+    middle = statistics.median
+    seconds = [middle(side.per_step() for side in column) for column in zip(*pairs, strict=True)]
+    return {
+        "batch": batch,
+        "precision": precision,
+        "theirs": seconds[0],
+        "ours": seconds[1],
+        "cpu": [a.per_step(1) / b.per_step(1) for a, b in pairs],
+        "wall": [a.per_step(0) / b.per_step(0) for a, b in pairs],
+        "memory": [middle(side.memory for side in column) for column in zip(*pairs, strict=True)],
+        "peak": peak,
+        "of_peak": 1000 * SHAPES["small"].tflop * batch / seconds[1] / peak,
+        "ours_losses": pairs[0][1].losses[:3],
+    }
+
+
+def switches(bench: Bench) -> dict[str, Any]:
+    """Each switch on against off, in one process that runs both in turn."""
+    found = bench.ours(
+        "switches", 1, names=list(SWITCHES), rounds=bench.rounds, timed=max(4, bench.steps // 4)
+    )
+    return {"rows": found.found["rows"]}
+
+
+def whole(bench: Bench) -> dict[str, Any]:
+    """Start-up, caching and all steps of 1, 3 and 10 epochs, from the command to the last step and the file.
+
+    Ten epochs are measured with `full`; otherwise they are reckoned from three and the seconds of an epoch.
+    """
+    epoch = bench.pictures // 4
+    last = EPOCHS[-1] if bench.full else EPOCHS[-2]
+    pairs = []
+    for _ in range(1 if bench.full else 2):
+        theirs = bench.theirs(last * epoch)
+        pairs.append((theirs, bench.ours("command", last * epoch, environment=bench.fresh())))
+    rows = []
+    for epochs in EPOCHS:
+        times = [[_until(side, epochs * epoch, epoch) for side in pair] for pair in pairs]
+        rows.append(
+            {
+                "epochs": epochs,
+                "theirs": statistics.median(a for a, _ in times),
+                "ours": statistics.median(b for _, b in times),
+                "ratios": [a / b for a, b in times],
+                "reckoned": epochs > last,
+            }
+        )
+    return {"rows": rows}
+
+
+def _until(side: Result, step: int, epoch: int) -> float:
+    """CPU seconds of a whole run that ends after `step`: up to there, and what this one spent after its last step."""
+    used = [cpu for _, cpu, _ in side.steps]
+    ending = side.cpu - used[-1]
+    if step <= len(used):
+        return used[step - 1] + ending
+    each = (used[-1] - used[-1 - epoch]) / epoch
+    return side.cpu + each * (step - len(used))
+
+
+def validation(bench: Bench) -> dict[str, Any]:
+    """Four sample pictures of 30 denoising steps: the script draws one by one, ours in one batch."""
+    rows, theirs = [], []
+    for precision in ("no", "bf16"):
+        ours = []
+        for _ in range(min(2, bench.rounds)):
+            if bench.reference and precision == "no":
+                found = bench.theirs(1, extra=PICTURE)
+                theirs.append(statistics.median(found.found["pictures"]))
+            job = {"extra": PICTURE}
+            found = bench.ours("validation", 2, 4, precision, **job)
+            ours.append(statistics.median(found.found["pictures"]))
+        rows.append(
+            {
+                "precision": precision,
+                "theirs": theirs and statistics.median(theirs),
+                "ours": statistics.median(ours),
+                "ratios": [a / b for a, b in zip(theirs, ours, strict=False)],
+                "difference": found.found.get("difference"),
+            }
+        )
+    return {"rows": rows}
+
+
+def startup(bench: Bench) -> dict[str, Any]:
+    """Seconds from the command to the end of the first step: the other side, ours, and ours once all is on disk."""
+    bench.theirs(1)  # writes its own table of the pictures, which every later run reads
+    sides: dict[str, list[float]] = {"theirs": [], "ours": [], "ours again": []}
+    importing = []
+    for _ in range(bench.rounds):
+        cold = bench.fresh()
+        sides["theirs"].append(bench.theirs(1).steps[0][1])
+        sides["ours"].append(bench.ours("command", 1, environment=cold).steps[0][1])
+        sides["ours again"].append(bench.ours("command", 1, environment=cold).steps[0][1])
+        importing.append(_import_seconds())
+    middle = {name: statistics.median(values) for name, values in sides.items()}
+    return {
+        "seconds": middle,
+        "ratios": {name: middle["theirs"] / middle[name] for name in ("ours", "ours again")},
+        "import": statistics.median(importing),
+    }
+
+
+def _import_seconds() -> float:
+    """CPU seconds of `import lora_nb` in a new interpreter, the interpreter's own not counted."""
+    code = "import time; t = time.process_time(); import lora_nb; print(time.process_time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def scaling(bench: Bench) -> dict[str, Any]:
+    """Steps over a growing index; two processes against one; a busy neighbour on one of two cores."""
+    found = bench.ours("scaling", 1, sizes=[100, 1_000, 10_000, 100_000])
+    return {
+        "rows": found.found["rows"],
+        "processes": _two_processes(bench),
+        "neighbour": _neighbour(bench),
+    }
+
+
+def _two_processes(bench: Bench) -> dict[str, float]:
+    """Wall seconds of a step with one process, and with two that share its pictures; a thread each."""
+    steps = bench.steps + DROPPED
+    alone = bench.ours("steady", steps, 8).per_step(0)
+    both = bench.ours("launch", steps, 4).found["seconds"]
+    return {"one": alone, "two": both, "ratio": alone / both}
+
+
+def _neighbour(bench: Bench) -> dict[str, float]:
+    """Wall seconds of a step with two threads, alone and beside a process that keeps one core busy."""
+    two = dataclasses.replace(bench, threads=2)
+    quiet = two.ours("steady", bench.steps // 2 + DROPPED).per_step(0)
+    busy = two.runner.start({"kind": "spin"}, OMP_NUM_THREADS="1")
+    try:
+        beside = two.ours("steady", bench.steps // 2 + DROPPED).per_step(0)
+    finally:
+        busy.process.kill()
+        busy.process.wait()
+    return {"quiet": quiet, "beside": beside, "ratio": beside / quiet}
+
+
+def forecast(bench: Bench) -> dict[str, Any]:
+    """What `preflight` says of a run, and what the run then takes; each in a process of its own."""
+    extra = (*PICTURE, "--validation_steps", "50", "--num_inference_steps", "20")
+    said = bench.ours("forecast", 100, extra=extra, environment=bench.fresh())
+    was = bench.ours("run", 100, extra=extra, environment=bench.fresh())
+    return {"said": said.found, "was": was.found | {"memory": was.memory}}
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "training": training,
+    "switches": switches,
+    "whole": whole,
+    "validation": validation,
+    "startup": startup,
+    "scaling": scaling,
+    "forecast": forecast,
+}
+
+
+def conditions(bench: Bench) -> dict[str, str]:
+    """The state of the machine, for the record of a part."""
+    return machine.state(bench.runner.environment)

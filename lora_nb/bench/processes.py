@@ -1,0 +1,109 @@
+"""Jobs in processes of their own, timed from outside: wall time, CPU time and peak resident size of each."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lora_nb.bench.worker import SPAWNED
+from lora_nb.errors import LoraNbError
+
+DROPPED = 5  # first steps that no median counts
+
+
+class BenchError(LoraNbError):
+    """A side of a measurement that did not run."""
+
+
+@dataclass
+class Result:
+    """What one process did. Seconds, bytes; steps: (since its start, CPU so far, loss) at the end of each."""
+
+    wall: float
+    cpu: float
+    memory: int
+    steps: list[tuple[float, float, float]]
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def per_step(self, column: int = 1) -> float:
+        """Median seconds of a steady step: column 0 wall, 1 CPU."""
+        times = [step[column] for step in self.steps][DROPPED - 1 :]
+        return median(b - a for a, b in itertools.pairwise(times))
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [step[2] for step in self.steps]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Starts jobs in `folder` with this many threads."""
+
+    folder: Path
+    threads: int = 1
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the processes of both sides see."""
+        folder = self.folder
+        return {
+            "OMP_NUM_THREADS": str(self.threads),
+            "MKL_NUM_THREADS": str(self.threads),
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "3000"),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hf"),
+            "LORA_NB_CACHE": str(folder / "cache"),
+            "LORA_NB_HEADLESS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONWARNINGS": "ignore",
+        }
+
+    def start(self, job: dict[str, Any], **environment: str) -> "Running":
+        """Start a job and do not wait for it."""
+        jobs = self.folder / "jobs"
+        jobs.mkdir(parents=True, exist_ok=True)
+        name = f"{job['kind']}-{time.time_ns()}"
+        file, out, log = (jobs / f"{name}.{end}" for end in ("json", "out", "log"))
+        file.write_text(json.dumps(job | {"out": str(out)}))
+        seen = os.environ | self.environment | environment | {SPAWNED: repr(time.time())}
+        with log.open("w") as text:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lora_nb.bench.worker", str(file)],
+                env=seen, stdout=text, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        return Running(process, time.perf_counter(), out, log)
+
+    def run(self, job: dict[str, Any], **environment: str) -> Result:
+        """Run a job to its end; raises BenchError with the last lines it printed if it fails."""
+        return self.start(job, **environment).wait()
+
+
+@dataclass
+class Running:
+    """A job that has been started."""
+
+    process: subprocess.Popen
+    began: float
+    out: Path
+    log: Path
+
+    def wait(self) -> Result:
+        """Its result; raises BenchError if it failed."""
+        _, status, used = os.wait4(self.process.pid, 0)
+        wall = time.perf_counter() - self.began
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        if self.process.returncode or not self.out.is_file():
+            tail = " / ".join(self.log.read_text(errors="replace").strip().splitlines()[-4:])
+            raise BenchError(f"A job of the benchmark failed ({self.log}): {tail}")
+        found = json.loads(self.out.read_text())
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = unit * used.ru_maxrss
+        return Result(wall, used.ru_utime + used.ru_stime, memory, found.pop("steps"), found)

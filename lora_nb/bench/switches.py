@@ -1,0 +1,93 @@
+"""What each switch gives: two trainings that differ in one setting take turns, a few steps each, in one process."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lora_nb.config import TrainConfig
+
+WARM = 3  # steps before anything is timed
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A setting that costs no or little accuracy; `off` and `on` are fields of TrainConfig that differ.
+
+    alike: the largest difference of losses that is allowed, None where another number of bits is the point.
+    """
+
+    title: str
+    off: dict[str, Any]
+    on: dict[str, Any]
+    alike: float | None = 1e-6
+    also: dict[str, Any] = field(default_factory=dict)  # of both sides
+
+
+SWITCHES = {
+    "cache": Switch("latents and text states cached", {"cache_latents": False}, {}),
+    "fused": Switch("q, k, v and their adapters in one product", {"fused_lora": False}, {}),
+    "bf16": Switch("frozen weights in bf16 (fused)", {}, {"mixed_precision": "bf16"}, 2e-3),
+    "bf16 fused": Switch(
+        "fused projections, attention in float32, in bf16",
+        {"fused_lora": False},
+        {},
+        2e-3,
+        {"mixed_precision": "bf16"},
+    ),
+    "checkpointing": Switch(
+        "gradient checkpointing (for memory)", {}, {"gradient_checkpointing": True}
+    ),
+}
+
+
+def measure(config: TrainConfig, rounds: int, steps: int, names: list[str]) -> list[dict[str, Any]]:
+    """One row for each switch: CPU seconds of a step off and on, the ratio by round, the largest loss difference."""
+    return [_row(name, SWITCHES[name], config, rounds, steps) for name in names]
+
+
+def _row(name: str, switch: Switch, config: TrainConfig, rounds: int, steps: int) -> dict[str, Any]:
+    sides = [
+        _Side(config, f"{name}-{label}", switch.also | changes, WARM + rounds * steps)
+        for label, changes in (("off", switch.off), ("on", switch.on))
+    ]
+    for side in sides:
+        side.take(WARM)
+    times = [[side.take(steps) for side in sides] for _ in range(rounds)]
+    losses = zip(*(side.losses for side in sides), strict=True)
+    return {
+        "name": name,
+        "title": switch.title,
+        "off": median(off for off, _ in times),
+        "on": median(on for _, on in times),
+        "ratios": [off / on for off, on in times],
+        "difference": max(abs(a - b) for a, b in losses),
+        "allowed": switch.alike,
+    }
+
+
+class _Side:
+    """One of two trainings; every picture is encoded before it starts, where it caches."""
+
+    def __init__(self, config: TrainConfig, name: str, changes: dict[str, Any], last: int):
+        from lora_nb.trainer import train
+
+        output = str(Path(config.output_dir) / name)
+        changes = {"output_dir": output, "overwrite": True, "max_train_steps": last} | changes
+        training = train(config.replace(**changes))
+        if training.config.cache_latents:
+            for position in range(len(training.pictures)):
+                training.cache.batch([position])
+        self.steps: Iterator[Any] = iter(training)
+        self.losses: list[float] = []
+
+    def take(self, count: int) -> float:
+        """Median CPU seconds of the next `count` steps."""
+        times = []
+        for _ in range(count):
+            began = time.process_time()
+            self.losses.append(next(self.steps).loss)
+            times.append(time.process_time() - began)
+        return median(times)

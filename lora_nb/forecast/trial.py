@@ -1,0 +1,236 @@
+"""The trial behind a forecast: the run's own training, made in a scratch folder, with every part of it timed once."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_nb import env, health, memory
+from lora_nb.cache import Cache
+from lora_nb.config import TrainConfig
+from lora_nb.families import Family
+from lora_nb.forecast import meter
+from lora_nb.inference import draw_samples
+from lora_nb.loss import diffusion_loss
+from lora_nb.probe import DRAWS, Probe
+from lora_nb.trainer import Training
+
+LEAST, MOST = 2, 8  # timed steps
+ENOUGH = 1.0  # seconds of timed steps that are enough
+# What the libraries call it: diffusers, transformers from 5.2x on, and before.
+OFF = (
+    "disable_gradient_checkpointing",
+    "activation_checkpointing_disable",
+    "gradient_checkpointing_disable",
+)
+FEW, MORE = 2, 6  # denoising steps between which a sample's cost is measured
+
+
+@dataclass
+class Micro:
+    """One micro-step of `size` pictures, measured: seconds and peak bytes."""
+
+    size: int
+    seconds: float
+    memory: int
+
+
+@dataclass
+class Measured:
+    """What the trial found. Times in seconds, memory in bytes; `peaks` by what was going on.
+
+    alone and whole: a micro-step of one picture, and of as many of the batch as fit; checkpointed: both with
+    activations computed twice. step: one optimizer step. warming: what only the first step does.
+    set_of_samples, probing, saving: one of each. picture, caption: the first encoding of one.
+    """
+
+    loading: float
+    picture: float
+    caption: float
+    alone: Micro
+    whole: Micro
+    checkpointed: list[Micro]
+    step: float
+    warming: float
+    set_of_samples: float
+    probing: tuple[float, float]  # the first, with what it encodes, and one
+    saving: float
+    peaks: dict[str, int] = field(default_factory=dict)
+
+
+class Trial:
+    """A training in a scratch folder, of which a few steps are made; `measure` does all of it."""
+
+    def __init__(self, config: TrainConfig, family: Family | None):
+        self.peaks: dict[str, int] = {}
+        self.device = torch.device(env.pick_device().name)
+        made = []
+        memory.release()
+        with meter.watch(self.device) as peak:
+            self.loading = _seconds(lambda: made.append(Training(config, family)))
+        self.training, self.peaks["loading"] = made[0], peak.bytes
+
+    def measure(self) -> Measured:
+        """Each part once, the step itself two to eight times."""
+        picture, caption = self._encoding()
+        first, training = self._first_step(), self.training
+        step, peak = self._steady()
+        pieces = -(-training.config.train_batch_size // training.micro_batch)
+        pieces *= training.config.gradient_accumulation_steps
+        samples = training.config.train_batch_size * training.config.gradient_accumulation_steps
+        self.peaks["training"] = peak
+        return Measured(
+            loading=self.loading,
+            picture=picture,
+            caption=caption,
+            alone=self._micro(1),
+            whole=Micro(training.micro_batch, step / pieces, peak),
+            checkpointed=self._checkpointed(training.micro_batch),
+            step=step,
+            warming=max(0.0, first - step - samples * (picture + caption)),
+            set_of_samples=self._samples(),
+            probing=self._probe(),
+            saving=_seconds(training._save),
+            peaks=self.peaks,
+        )
+
+    # encoding
+
+    def _encoding(self) -> tuple[float, float]:
+        """Seconds of encoding a picture and a caption, not remembering either."""
+        training, family = self.training, self.training.family
+        cache = Cache(
+            family, training.pictures, training.pictures.spec, training.config.seed, latents=False
+        )
+        positions = training._positions(0, 0)[:4]
+        with meter.watch(self.device) as peak:
+            cache.batch(positions)  # warms up, and remembers the captions
+            pictures = _seconds(lambda: cache.batch(positions)) / len(positions)
+        self.peaks["encoding"] = peak.bytes
+        if not training.cache.keep_captions:
+            return pictures, 0.0
+        captions = [training.pictures.caption(0, p, 0) for p in positions]
+        with torch.no_grad():
+            alone = [_seconds(lambda c=c: family.text_states([c])) for c in captions]
+        return pictures, min(alone)
+
+    # steps
+
+    def _first_step(self) -> float:
+        """Seconds of the first step, in pieces of the batch if the whole does not fit."""
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # that fewer pictures fit is in the forecast
+            return self._step()
+
+    def _step(self) -> float:
+        return _seconds(lambda: self.training._log(self.training._step(0)))
+
+    def _steady(self) -> tuple[float, int]:
+        """Seconds of a warm step with its share of the looks at the adapters' health, and its peak in bytes."""
+        times: list[float] = []
+        with meter.watch(self.device) as peak:
+            while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
+                times.append(self._step())
+        look = _seconds(lambda: health.measure(self.training.family, self.training.untrained))
+        return sum(times) / len(times) + look / health.EVERY, peak.bytes
+
+    def _micro(self, size: int) -> Micro:
+        """Forward and backward of the first `size` pictures of the run, or as many of them as are of one size."""
+        training = self.training
+        batch = training._batch(training._pieces(training._positions(0, 0), size)[0])
+
+        def gradients() -> None:
+            training.optimizer.zero_grad()
+            diffusion_loss(training.family, batch, training.config.noise_offset).loss.backward()
+
+        with meter.watch(self.device) as peak, _training_mode(training):
+            seconds = _seconds(gradients)
+        training.optimizer.zero_grad()
+        return Micro(size, seconds, peak.bytes)
+
+    def _checkpointed(self, size: int) -> list[Micro]:
+        """One picture and `size` of them with activations recomputed; nothing where the run does so anyway."""
+        if self.training.config.gradient_checkpointing:
+            return []
+        recompute(self.training.family, True)
+        try:
+            return [self._micro(1), self._micro(size)]
+        finally:
+            recompute(self.training.family, False)
+
+    # what else a run does
+
+    def _samples(self) -> float:
+        """Seconds of one set of sample pictures, from two short ones: every denoising step costs the same.
+
+        Nothing, and a peak of all there is, if memory runs out.
+        """
+        training, config = self.training, self.training.config
+        if not config.validation_prompts:
+            return 0.0
+
+        def draw(steps: int) -> float:
+            training.config = config.replace(num_inference_steps=steps)
+            return _seconds(lambda: draw_samples(training, "trial", 0))
+
+        few = more = 0.0
+        try:
+            with meter.watch(self.device) as peak:
+                draw(FEW)
+                few, more = draw(FEW), draw(MORE)
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+            peak.bytes = meter.total(self.device)
+        training.config, self.peaks["validation"] = config, peak.bytes
+        each = (more - few) / (MORE - FEW)
+        return few + each * (config.num_inference_steps - FEW)
+
+    def _probe(self) -> tuple[float, float]:
+        """Seconds of the probe before the first step, and of one later, from a probe of one batch."""
+        training, config = self.training, self.training.config
+        if training.held_out is None:
+            return 0.0, 0.0
+        size = min(max(1, config.train_batch_size // DRAWS), len(training.held_out))
+        arguments = training.family, training.held_out, size, config.train_batch_size
+        captions, made = training.cache.keep_captions, []
+        first = _seconds(lambda: made.append(Probe(*arguments, captions)))
+        later = _seconds(lambda: made[0].measure(1))
+        times = min(config.probe_size, len(training.held_out)) / size
+        return times * first, times * later
+
+
+@contextlib.contextmanager
+def _training_mode(training: Training) -> Iterator[None]:
+    modules = [training.family.trainable[part] for part in training.weights]
+    for module in modules:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()
+
+
+def recompute(family: Family, on: bool) -> None:
+    """Switch gradient checkpointing on, or off again."""
+    if on:
+        family.enable_gradient_checkpointing()
+        return
+    for module in family.trainable.values():
+        off = next(getattr(module, name) for name in OFF if hasattr(module, name))
+        off()
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

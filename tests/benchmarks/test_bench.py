@@ -1,0 +1,211 @@
+"""The benchmark itself, at a size that takes seconds: equal work, plain data, tables; no time is pinned."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_nb import bench
+from lora_nb.bench import command, gpu, ground, parts, processes, tables, worker
+from lora_nb.bench.draws import Draws
+from lora_nb.bench.switches import SWITCHES
+from lora_nb.config import TrainConfig
+from lora_nb.errors import ConfigError
+from lora_nb.families.shapes import SHAPES
+from lora_nb.families.shapes import parts as modules
+
+STANDIN = Path(bench.__file__).parent / "standin"
+
+
+class Here(processes.Runner):
+    """Jobs in this very process: starting one costs seconds, and equal losses need no clean process."""
+
+    def run(self, job, **environment):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ({worker.SPAWNED: repr(time.time())} | environment).items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", sys.argv)
+            clock = worker.Clock()
+            worker.KINDS[job["kind"]](json.loads(json.dumps(job)), clock)
+        cpu = time.process_time()
+        return processes.Result(1.0, cpu, 10**9, clock.steps, clock.found)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_sd, tmp_path_factory):
+    """A bench on the tests' base model and eight pictures of 16 pixels, against the plain loop."""
+    folder = tmp_path_factory.mktemp("bench")
+    shutil.copytree(tiny_sd, folder / "base")
+    bench = parts.Bench(folder, None, rounds=1, steps=4, parity_steps=6, pictures=8, side=16)
+    bench.runner = Here(folder)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def parity(small):
+    return small.check_parity()
+
+
+def test_our_loop_and_the_plain_one_have_equal_losses_on_equal_draws(parity):
+    assert parity["no"] <= 1e-6
+    assert parity["bf16"] <= 2e-3
+
+
+def test_the_recorded_draws_are_of_every_step(small, parity):
+    draws = Draws(small.folder / "draws.safetensors")
+    assert len(draws.pixels) == len(draws.t) == len(draws.normal["noise"]) == 6 * 4
+    assert all("lora_" in key for key in draws.weights)
+
+
+def test_other_work_is_refused_before_any_speed(small, parity, monkeypatch):
+    unlike = parts.Bench(small.folder, None, rounds=1, steps=3, parity_steps=6, pictures=8, side=16)
+    monkeypatch.setitem(parts.GATES, "no", -1.0)
+    with pytest.raises(processes.BenchError, match="not the same work"):
+        parts.training(unlike)
+
+
+ABOUT = {"machine": "here"}
+
+
+@pytest.mark.parametrize("part", ["training", "switches", "whole", "validation", "forecast"])
+def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part):
+    found = json.loads(json.dumps(parts.PARTS[part](small)))
+    text = tables.page({part: found | {"conditions": {"on": "x"}}}, ABOUT, "bench", None)
+    assert "the plain loop" in text
+    assert "nan" not in text
+    expected = {
+        "training": "| batch 4, float32 |",
+        "switches": SWITCHES["cache"].title,
+        "whole": "10 (reckoned",
+        "validation": "| bf16 | not measured |",
+        "forecast": "| whole run |",
+    }
+    assert expected[part] in text
+    if part == "switches":
+        assert all(r["difference"] <= r["allowed"] for r in found["rows"] if r["allowed"])
+
+
+def test_a_step_is_the_median_without_the_first_ones():
+    ends = [(2.0 * i, 1.0 * i, 0.5) for i in range(1, 10)]
+    result = processes.Result(20.0, 10.0, 1, ends)
+    assert result.per_step(0) == 2.0
+    assert result.per_step(1) == 1.0
+
+
+def test_a_longer_run_is_reckoned_from_its_epochs():
+    side = processes.Result(0.0, 12.0, 1, [(0.0, 5.0 + step, 0.5) for step in range(6)])
+    assert parts._until(side, 6, 2) == 12.0  # as measured
+    assert parts._until(side, 4, 2) == 8.0 + 2.0  # what comes after the last step is always there
+    assert parts._until(side, 8, 2) == 12.0 + 2.0
+
+
+def test_every_switch_is_made_of_settings_that_exist():
+    for switch in SWITCHES.values():
+        for side in (switch.off, switch.on):
+            TrainConfig().replace(**switch.also, **side).validate()
+
+
+def test_a_step_finds_its_picture_in_an_index_of_any_length(small):
+    rows = small.ours("scaling", 1, sizes=[8, 20_000]).found["rows"]
+    assert [row["pictures"] for row in rows] == [8, 20_000]
+    assert rows[1]["step"] < 3 * rows[0]["step"]
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sdxl"])
+def test_the_published_shapes_have_the_published_number_of_weights(shape, tmp_path):
+    with torch.device("meta"):
+        unet = modules(shape, tmp_path)["unet"]
+    millions = sum(weight.numel() for weight in unet.parameters()) / 1e6
+    assert millions == pytest.approx({"sd15": 859.5, "sdxl": 2567.5}[shape], abs=0.1)
+
+
+def test_the_small_shape_is_the_one_that_was_measured_before(tmp_path):
+    with torch.device("meta"):
+        made = modules("small", tmp_path)
+    counts = [sum(w.numel() for w in made[n].parameters()) / 1e6 for n in ("unet", "vae")]
+    assert counts == [pytest.approx(17.84, abs=0.01), pytest.approx(3.88, abs=0.01)]
+
+
+def test_the_gpu_tables_are_made_of_the_same_code_on_a_cpu(tmp_path):
+    case = gpu.Case("small", 2, "bf16")
+    rows = gpu.rows_of(case, tmp_path, torch.device("cpu"), peak=0.1, steps=1)
+    assert [row["variant"] for row in rows][:2] == ["eager, peft, autocast", "ours"]
+    assert all(row["rate"] > 0 for row in rows)
+    part = {"rows": rows, "gpu": "a CPU", "peak": 0.1, "cap": "", "conditions": {"on": "x"}}
+    assert "| a 17.8 M UNet | 2 | bf16 | ours |" in tables.page({"gpu": part}, {}, "bench", None)
+
+
+def test_predictions_are_marked_and_within_the_floor():
+    shapes = [shape for shape in SHAPES.values() if shape.expected]
+    assert "predictions, nothing measured" in tables.predictions(shapes)
+    for shape in shapes:
+        assert all(rate < 790 / shape.tflop for rate, _, _ in shape.expected.values())
+
+
+def test_the_command_refuses_what_it_does_not_know(small):
+    wanted = command.Wanted(only=("speed",), work=str(small.folder))
+    with pytest.raises(ConfigError, match="no part 'speed'"):
+        command.run(wanted)
+    with pytest.raises(ConfigError, match="diffusers checkout"):
+        command.run(command.Wanted(reference=str(small.folder), work=str(small.folder)))
+
+
+def test_a_process_that_fails_says_its_last_words(small):
+    with pytest.raises(processes.BenchError, match="no_such_job"):
+        processes.Runner(small.folder).run({"kind": "no_such_job"})
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_the_whole_command_in_processes(small, tmp_path):
+    """Every part, each side in processes of its own, at the size of the tests."""
+    real = parts.Bench(small.folder, None, rounds=1, steps=4, parity_steps=6, pictures=8, side=16)
+    real.check_parity()
+    found = {name: part(real) | {"conditions": {"on": "x"}} for name, part in parts.PARTS.items()}
+    text = tables.page(found, ABOUT, "bench", None)
+    for title in ("A step", "Each switch", "A whole run", "Start-up", "Growth", "Forecast"):
+        assert f"## {title}" in text
+    print(text)
+
+
+def test_every_part_has_a_table_and_every_job_a_kind():
+    assert set(parts.PARTS) | {"gpu"} == set(tables.SECTIONS)
+    assert set(worker.KINDS) >= {"script", "plain", "command", "steady", "replay"}
+
+
+STANDIN_PIXELS = """
+import sys; sys.path.insert(0, sys.argv[1])
+import numpy; from PIL import Image; from torchvision import transforms as t
+side, wide = 16, Image.open(sys.argv[2])
+steps = [t.Resize(side, interpolation=t.InterpolationMode.LANCZOS), t.CenterCrop(side)]
+steps += [t.Lambda(lambda x: x), t.ToTensor(), t.Normalize([0.5], [0.5])]
+numpy.save(sys.argv[3], t.Compose(steps)(wide).numpy())
+"""
+
+
+def test_the_stand_in_gives_our_pixels(tmp_path):
+    from lora_nb import data
+    from lora_nb.config import DataSpec
+
+    random = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    picture, out = tmp_path / "wide.png", tmp_path / "pixels.npy"
+    Image.fromarray(random).save(picture)
+    words = [sys.executable, "-c", STANDIN_PIXELS, str(STANDIN), str(picture), str(out)]
+    subprocess.run(words, check=True)
+    spec = DataSpec(resolution=16, center_crop=True)
+    ours = data.pixels(Image.open(picture), spec, 0, 0)
+    assert np.abs(np.load(out) - ours.numpy()).max() < 1e-6
+
+
+def test_pictures_are_a_function_of_the_seed(tmp_path):
+    first, second = (ground.lay(tmp_path / name, 2, 16) for name in "ab")
+    files = sorted(p.relative_to(first) for p in first.glob("pictures-*/*"))
+    assert len(files) == 3
+    assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
