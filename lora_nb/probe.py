@@ -4,14 +4,20 @@ The training loss jumps with the timestep that was drawn. Here the draws are the
 two measurements is the adapter.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_nb import adapters, data, memory
 from lora_nb.cache import Cache
+from lora_nb.disk_cache import DiskCache
+from lora_nb.errors import ConfigError
 from lora_nb.families import Family
 from lora_nb.loss import diffusion_loss
+
+Draw = tuple[int, float, float]  # timestep, loss with the adapter, loss of the base
 
 SEED = 20_210_617  # the same for all runs, so that runs can be compared
 DRAWS = 2  # noise draws per picture; their mean counts once
@@ -30,18 +36,24 @@ class ProbeResult:
     difference: float
     standard_error: float
     n: int
-    by_timestep: list[tuple[int, float, float]]
+    by_timestep: list[Draw]
 
 
 class Probe:
     """Held-out pictures with their fixed draws; the base model's losses are measured once."""
 
     def __init__(
-        self, family: Family, pictures: data.Pictures, size: int, batch_size: int, captions: bool
+        self,
+        family: Family,
+        pictures: data.Pictures,
+        size: int,
+        batch_size: int,
+        captions: bool,
+        disk: DiskCache | None = None,
     ):
         self.family, self.batch_size = family, batch_size
         self.n = min(size, len(pictures))
-        self.cache = Cache(family, pictures, pictures.spec, SEED, captions=captions)
+        self.cache = Cache(family, pictures, pictures.spec, SEED, captions=captions, disk=disk)
         with adapters.disabled(family):
             self.base, self.timesteps = self._losses()
 
@@ -87,3 +99,37 @@ class Probe:
             self.n,
             sorted(rows),
         )
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean of b - a over n pairs of losses at equal noise, and its standard error; below zero b is better."""
+
+    mean: float
+    standard_error: float
+    n: int
+
+
+def paired(a: Sequence[Draw], b: Sequence[Draw]) -> Paired:
+    """The paired difference of two probes of the same pictures and base, from their `by_timestep`, draw by draw.
+
+    Raises ConfigError if they are not of the same draws.
+    """
+    # A draw is known by its timestep and the base's loss; the adapter's own loss must not order them.
+    rows = [sorted(draws, key=lambda draw: (draw[0], draw[2])) for draws in (a, b)]
+    same = [
+        x[0] == y[0] and math.isclose(x[2], y[2], rel_tol=1e-3) for x, y in zip(*rows, strict=False)
+    ]
+    if not all(same) or len(a) != len(b):
+        raise ConfigError(
+            "These two probes are not of the same pictures and base model, so no loss of one belongs to one of the "
+            "other; compare runs with equal data, probe_size, resolution and base."
+        )
+    return difference([y[1] - x[1] for x, y in zip(*rows, strict=True)])
+
+
+def difference(values: Sequence[float]) -> Paired:
+    """Mean and standard error of paired differences."""
+    pairs = torch.tensor(values, dtype=torch.float64)
+    error = (pairs.std() / len(pairs) ** 0.5).item() if len(pairs) > 1 else float("inf")
+    return Paired(pairs.mean().item(), error, len(pairs))

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ FREE = {
     "output_dir", "overwrite", "resume_from_checkpoint", "resume_override", "max_train_steps", "num_train_epochs",
     "validation_prompts", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
     "guidance_scale", "guidance_rescale", "probe_steps", "probe_size", "checkpointing_steps",
-    "checkpoints_total_limit", "report_to", "logging_dir", "cache_latents", "dataloader_num_workers", "seed",
+    "checkpoints_total_limit", "report_to", "logging_dir", "cache_latents", "cache_to_disk",
+    "dataloader_num_workers", "seed",
     "output_kohya_format", "gradient_checkpointing", "data.validation_data_dir",
     "pretrained_decoder_model_name_or_path", "sample_batch_size",
 }  # fmt: skip
@@ -52,6 +54,31 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     return events
 
 
+class HistoryTail:
+    """The history of a run that goes on: `read` parses only what was appended since the last time."""
+
+    def __init__(self, folder: str | Path):
+        self.path, self.events = Path(folder) / HISTORY, []
+        self._file, self._offset = None, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """All events so far, oldest first; a last line without its end is left for the next time."""
+        if not self.path.is_file():
+            return self.events
+        with open(self.path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if (
+                status.st_ino != self._file or status.st_size < self._offset
+            ):  # rewound: another file
+                self._file, self._offset, self.events = status.st_ino, 0, []
+            file.seek(self._offset)
+            lines = file.read().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        self._offset += sum(map(len, whole))
+        self.events = self.events + [json.loads(line) for line in whole]
+        return self.events
+
+
 def append(folder: Path, event: dict[str, Any]) -> None:
     """Add one line to the history; raises CheckpointError if the disk refuses."""
     try:
@@ -64,9 +91,18 @@ def append(folder: Path, event: dict[str, Any]) -> None:
         ) from error
 
 
-def rewind(folder: Path, step: int) -> None:
-    """Drop what the history says of steps after `step`; they are about to be done again."""
-    events = [e for e in read_history(folder) if e.get("step", 0) <= step]
+def changes(events: list[dict[str, Any]]) -> dict[int, float]:
+    """What was changed in mid-run: by step, the factor of the learning rate from the next step on."""
+    return {e["step"]: e["learning_rate_factor"] for e in events if e["event"] == "change"}
+
+
+def rewind(folder: Path, step: int, kept: Container[int] = ()) -> None:
+    """Drop what the history says of steps after `step`, which are about to be done again, and changes not in `kept`."""
+    events = [
+        e
+        for e in read_history(folder)
+        if (e["step"] in kept if e["event"] == "change" else e.get("step", 0) <= step)
+    ]
     write_atomically(folder / HISTORY, "".join(json.dumps(e) + "\n" for e in events))
 
 

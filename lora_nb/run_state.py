@@ -24,18 +24,61 @@ def pack(family: Family, optimizer: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def unpack(family: Family, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Put what `pack` gave back into adapters of the same shape and their optimizer."""
+def adapter_weights(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The adapters alone of what `pack` gave, by part and peft key."""
     weights: dict[str, dict[str, torch.Tensor]] = {}
-    state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         kind, owner, key = name.split("/", 2)
         if kind == "adapter":
             weights.setdefault(owner, {})[key] = value
-        else:
+    return weights
+
+
+def unpack(family: Family, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Put what `pack` gave back into adapters of the same shape and their optimizer."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        kind, owner, key = name.split("/", 2)
+        if kind == "optimizer":
             state.setdefault(int(owner), {})[key] = value
-    adapters.load_state(family, weights)
+    adapters.load_state(family, adapter_weights(tensors))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def grown(
+    family: Family, optimizer: Any, tensors: dict[str, torch.Tensor], shrink: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    """What `pack` gave of adapters of a lower rank, in the shapes of the fresh ones that `family` carries now.
+
+    New rows of A keep their fresh values, new columns of B and all new moments are zero, so that B A is what it was.
+    shrink: by part, old scale / new scale; B is multiplied by it, and its gradient's moments are divided.
+    """
+    fresh = pack(family, optimizer)
+    named = [
+        (part, name, weight)
+        for part, module in family.trainable.items()
+        for name, weight in module.named_parameters()
+        if weight.requires_grad
+    ]
+    out = {}
+    for name, value in tensors.items():
+        kind, owner, key = name.split("/", 2)
+        if kind == "adapter":
+            factor = shrink[owner] if "lora_B" in key else 1.0
+            out[name] = _within(fresh[name], value * factor)
+        else:
+            part, weight_name, weight = named[int(owner)]
+            power = {"exp_avg": 1, "exp_avg_sq": 2}.get(key, 0) * ("lora_B" in weight_name)
+            whole = torch.zeros(weight.shape) if value.dim() else value
+            out[name] = _within(whole, value / shrink[part] ** power)
+    return out
+
+
+def _within(whole: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
+    """`whole` with its first entries of each dimension replaced by `corner`."""
+    whole = whole.clone()
+    whole[tuple(slice(size) for size in corner.shape)] = corner
+    return whole
 
 
 def base_mark(family: Family) -> str:

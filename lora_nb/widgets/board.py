@@ -1,76 +1,85 @@
-"""A live board: progress, curves and sample pictures of a training while it runs."""
+"""A live board: progress, curves, blocks and sample pictures of a training while it runs."""
 
 import time
-from html import escape
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from IPython import get_ipython
 from IPython.display import display
 
 from lora_nb import plots
+from lora_nb.board_figure import board_figure
 from lora_nb.env import headless
 from lora_nb.inference import samples
-from lora_nb.run_folder import read_history
-from lora_nb.widgets.pictures import img
+from lora_nb.run_folder import read_config
+from lora_nb.widgets.standing import Standing
+
+LINES = 10.0  # seconds between two lines where nobody looks on
+SHARPNESS = 1.5  # pixels per page pixel while it moves; the finished figure has 2
 
 
 class LiveBoard:
-    """Progress, curves and sample pictures of a training while it runs.
+    """Progress, curves, change per block and sample pictures of a training while it runs.
 
         with LiveBoard(training) as board:
             for step in with_samples(training):
                 board.update(step)
 
-    One output is redrawn, at most every `every` seconds and for at most a tenth of the time; what
-    it shows is read from the run's folder. `close` leaves the last line and the figure as ordinary
-    outputs. Without a person looking on it prints a line now and then. A fault in drawing is said
-    once and never reaches the training loop.
+    What it shows is read from the run's folder, which may be given instead of the training. The numbers are
+    redrawn at most every `every` seconds, the figure for at most a tenth of the time. `close` leaves both as
+    ordinary outputs of the cell. Without a person looking on it prints a line now and then. A fault in drawing is
+    said once and never reaches the training loop.
     """
 
     def __init__(self, training: Any, every: float = 1.0):
-        self._training, self._every = training, every
+        self.folder = Path(getattr(training, "folder", training))
+        self.standing, self._every, self._closed = Standing(self.folder), every, False
         self._plain, self._shell = headless(), get_ipython()
-        self._handle, self._step, self._closed = None, None, False
-        self._began, self._first, self._due, self._image = time.monotonic(), None, 0.0, b""
+        self._head = self._figure = None  # display handles
+        self._due, self._figure_due, self._seen, self._printed = 0.0, 0.0, False, 0
 
-    def update(self, step: Any) -> None:
-        """Take one step of the training; redraws if it is time."""
-        self._step = step
-        if self._first is None:  # the clock starts behind the first step, which fills the cache
-            self._first, self._began = step.step, time.monotonic()
+    def update(self, step: Any = None) -> None:
+        """Look at the run after a step; redraws if it is time."""
+        self._seen = True
         if time.monotonic() >= self._due and not self._closed:
             self._safely(self._print if self._plain else self._draw)
 
     def close(self) -> None:
-        """Leave the last line and the figure as real outputs; again does nothing."""
+        """Leave the last numbers and the figure as real outputs; again does nothing."""
         if not self._closed:
             self._closed = True
             self._safely(self._leave)
 
+    def watch(self, alive: Callable[[], bool]) -> None:
+        """Follow a run that another process trains, until alive() is false; then close."""
+        with self:
+            while alive():
+                if self.standing.read().steps:
+                    self.update()
+                time.sleep(self._every)
+            self._seen = self._seen or bool(self.standing.read().steps)
+
     def line(self) -> str:
         """Where the training stands, like a progress bar in words."""
-        step, total = self._step, self._training.max_train_steps
-        rates = "/".join(f"{rate:.1e}" for rate in step.lr.values())
-        filled = 16 * step.step // total
-        return (
-            f"step {step.step}/{total} [{'=' * filled}{'.' * (16 - filled)}] "
-            f"loss {step.loss:.4f}  lr {rates}  {self._time()}"
-        )
+        return self.standing.read().line(self._closed)
 
-    def _time(self) -> str:
-        left, done = self._training.max_train_steps - self._step.step, self._step.step - self._first
-        if self._closed and left:
-            return "stopped; run it again to go on"
-        if not done:
-            return "the clock starts now"
-        spent = time.monotonic() - self._began
-        pace = spent / done
-        return f"{pace:.2f} s/step  {_clock(spent)} gone, {_clock(pace * left)} left"
+    def figure(self) -> plots.Plot:
+        """The curves, blocks and samples that the run's folder holds now."""
+        standing, prompts = self.standing.read(), []
+        if standing.events:
+            config = read_config(self.folder)
+            each = range(config.num_validation_images)
+            prompts = [prompt for prompt in config.validation_prompts for _ in each]
+        return board_figure(standing.events, samples(self.folder), standing.best, prompts)
 
-    def figure(self) -> plots.Figure:
-        """The curves and samples that the run's folder holds now."""
-        folder = self._training.folder
-        return plots.training_figure(read_history(folder), samples(folder))
+    def show(self, note: str = "") -> None:
+        """Draw at once, with a note such as "paused" instead of the time that is left; the clock starts anew."""
+        self.standing.note, self._closed = note, False
+        self.standing.restart_clock()
+        self._figure_due = 0.0
+        if not self._plain:
+            self._safely(self._draw)
 
     def __enter__(self) -> "LiveBoard":
         return self
@@ -78,7 +87,7 @@ class LiveBoard:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _safely(self, act: Any) -> None:
+    def _safely(self, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as fault:  # a picture is not worth a training
@@ -87,41 +96,58 @@ class LiveBoard:
 
     def _print(self) -> None:
         print(self.line(), flush=True)
-        self._wait(max(self._every, 10.0), since=time.monotonic())
+        self._printed = self.standing.done
+        self._due = time.monotonic() + max(self._every, LINES)
 
     def _draw(self) -> None:
-        began = time.monotonic()
-        self._show(self.figure().png())
-        self._wait(self._every, began)
+        self._due = _after(self._show_head, self._every)
+        if time.monotonic() >= self._figure_due:
+            self._figure_due = _after(lambda: self._show_figure(SHARPNESS), self._every)
 
-    def _wait(self, every: float, since: float) -> None:
-        now = time.monotonic()
-        self._due = now + max(every, 9 * (now - since))
+    def _show_head(self) -> None:
+        standing = self.standing.read()
+        line = standing.line(self._closed) if standing.steps else standing.note
+        bundle = {"text/plain": line, "text/html": standing.html(self._closed)}
+        self._head = _shown(self._head, bundle)
 
-    def _show(self, png: bytes) -> None:
-        line = self.line()
-        page = f"<pre>{escape(line)}</pre>{img(png, 'png', 'style=max-width:920px;width:100%')}"
-        bundle = {"text/plain": line, "text/html": page}
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)
+    def _show_figure(self, sharpness: float) -> None:
+        figure = self.figure()
+        width, height = (int(side * plots.PIXELS_PER_INCH) for side in figure.get_size_inches())
+        bundle = {
+            "text/plain": f"<board of {self.folder.name}>",
+            "image/png": figure.png(sharpness),
+        }
+        size = {"image/png": {"width": width, "height": height}}
+        self._figure = _shown(self._figure, bundle, size)
 
     def _leave(self) -> None:
-        finished = self._training.start_step >= self._training.max_train_steps
-        if self._step is None and not finished:
+        standing = self.standing.read()
+        finished = bool(standing.steps) and standing.done >= standing.total
+        if not self._seen and not finished:
             return
-        if self._step is None:
-            print(f"All {self._training.max_train_steps} steps of this run are done already.")
-        elif self._handle is None:
-            print(self.line(), flush=True)
+        if not self._seen:
+            standing.note = f"All {standing.total} steps of this run are done already."
+        if self._plain:
+            if not finished or self._printed != standing.done:
+                print(self.line() if self._seen else standing.note, flush=True)
+            if self._shell is not None:
+                display(self.figure())
         else:
-            self._handle.update({"text/plain": self.line()}, raw=True)
-        if self._shell is not None:
-            display(self.figure())
+            self._show_head()
+            self._show_figure(2.0)
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def _after(draw: Callable[[], None], every: float) -> float:
+    """Draw; when to draw the next time, so that it takes at most a tenth of the time."""
+    began = time.monotonic()
+    draw()
+    now = time.monotonic()
+    return now + max(every, 9 * (now - began))
+
+
+def _shown(handle: Any, bundle: dict[str, Any], metadata: dict[str, Any] | None = None) -> Any:
+    """The handle of an output that now shows the bundle."""
+    if handle is None:
+        return display(bundle, raw=True, metadata=metadata, display_id=True)
+    handle.update(bundle, raw=True, metadata=metadata)
+    return handle
