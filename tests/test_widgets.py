@@ -17,7 +17,7 @@ from lora_nb.errors import ConfigError
 from lora_nb.families import load_family, tiny
 from lora_nb.run_folder import read_history
 from lora_nb.trainer import train
-from lora_nb.widgets import ConfigPanel, LiveBoard, ScaleExplorer, scrubber_html
+from lora_nb.widgets import ConfigPanel, LiveBoard, ScaleExplorer, readouts, scrubber_html
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_counts_and_file_size_are_those_of_the_real_adapter(config, family):
     base = sum(p.numel() for module in family.trainable.values() for p in module.parameters())
     assert f"({real / base:.2%} of the base)" in shown
     assert shown.startswith(f"{real:,} trainable parameters")
-    assert f"file {4 * real / 1000:.0f} kB" in shown
+    assert f"file {readouts.file_size(panel.counts()) / 1000:.0f} kB" in shown
     assert "unet 32 layers, text_encoder 8 layers; scale alpha / rank = 1" in shown
     assert "trainable" not in ConfigPanel(config).numbers.value  # nothing to count on
 
@@ -180,7 +180,7 @@ def test_a_training_that_stops_early_is_told_how_to_go_on(config, capsys):
             training.interrupted = True  # what the interrupt signal does
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("step 1/4 ")
-    assert last.endswith("stopped; run it again to go on")
+    assert last.endswith("stopped after step 1; run this cell again to go on")
 
 
 def test_a_board_that_saw_no_step_closes_silently(config, capsys):
@@ -211,7 +211,7 @@ def test_the_board_does_not_change_the_training(config, tmp_path):
 def test_the_figure_is_that_of_the_folder(config):
     training = train(config)
     board = LiveBoard(training)
-    assert len(board.figure().axes) == 3  # before the first step too
+    assert len(board.figure().axes) == 5  # before the first step too
     losses = [step.loss for step in training]
     drawn = board.figure().axes[0].lines[0].get_ydata()
     assert drawn == pytest.approx(losses)
@@ -261,11 +261,12 @@ def test_in_a_notebook_widgets_show_and_the_board_leaves_a_line_and_a_picture(co
     assert "application/vnd.jupyter.widget-view+json" in panel[0].data
     assert panel[1].data["text/plain"].startswith("unet: rank 7, ")  # the line followed the panel
     assert moved == []
-    line, figure = live
-    assert line.data["text/plain"].startswith("step 4/4 [================]")
+    head, figure = live  # both were redrawn many times and are still one output each
+    assert head.data["text/plain"].startswith("step 4/4 [================]")
+    assert "step 4 of 4" in head.data["text/html"]
     assert len(figure.data["image/png"]) > 1000
     said = "".join(o.text for o in broken if o.output_type == "stream")
-    assert said == "The board stops (KeyError: 'loss'); the training goes on.\n"
+    assert said == "The board stops (KeyError: 'lr'); the training goes on.\n"
     assert broken[-1].data["text/plain"] == "4"  # it did
 
 

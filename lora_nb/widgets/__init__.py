@@ -5,7 +5,18 @@ Figures come from `plots`, results from elsewhere.
 """
 
 from lora_nb.widgets.board import LiveBoard
-from lora_nb.widgets.explorer import ScaleExplorer, scrubber_html
+from lora_nb.widgets.control import BackgroundBoard, run_in_background
+from lora_nb.widgets.explorer import ScaleExplorer, WeightExplorer, scrubber_html
+from lora_nb.widgets.map import RankRateMap
 from lora_nb.widgets.panel import ConfigPanel
 
-__all__ = ["ConfigPanel", "LiveBoard", "ScaleExplorer", "scrubber_html"]
+__all__ = [
+    "BackgroundBoard",
+    "ConfigPanel",
+    "LiveBoard",
+    "RankRateMap",
+    "ScaleExplorer",
+    "WeightExplorer",
+    "run_in_background",
+    "scrubber_html",
+]

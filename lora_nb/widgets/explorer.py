@@ -1,34 +1,45 @@
-"""A slider over pictures of several scales, with a kernel and without one."""
+"""Sliders over pictures of several scales or weights, with a kernel and without one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 import ipywidgets
 from PIL import Image
 
-from lora_nb.widgets.pictures import encoded, img
+from lora_nb.widgets.pictures import encoded, img, side_by_side
 
 
 class ScaleExplorer:
-    """A slider over the pictures of `inference.scale_sweep`: one list of pictures for each scale.
+    """A slider over pictures of several scales, each drawn once.
 
-    As the last expression of a cell it shows the kernel-free page of `html()`; `widget` is the same
-    as an ipywidgets box, for those who want to build on it (`slider`, `scale()`).
+    sweep: the pictures of `inference.scale_sweep`, one list for each scale; or a function that draws the list of a
+    scale, called when the slider first stands there. As the last expression of a cell it shows the kernel-free page of
+    `html()`, for which all are drawn; `widget` is the same as an ipywidgets box (`slider`, `scale()`).
     """
 
-    def __init__(self, sweep: Sequence[Sequence[Image.Image]], scales: Sequence[float]):
-        self._images = [_side_by_side(pictures) for pictures in sweep]
+    def __init__(
+        self,
+        sweep: Sequence[Sequence[Image.Image]] | Callable[[float], Sequence[Image.Image]],
+        scales: Sequence[float],
+    ):
+        self._draw = sweep if callable(sweep) else dict(zip(scales, sweep, strict=True)).get
         self._labels = [f"scale {scale:g}" + (" (base)" if not scale else "") for scale in scales]
-        self._scales = list(scales)
+        self._scales, self._rows = list(scales), {}
         start = min(range(len(scales)), key=lambda i: abs(scales[i] - 1))
         self.slider = ipywidgets.IntSlider(
             value=start, max=len(scales) - 1, readout=False, layout={"width": "20em"}
         )
-        size = {"width": f"{self._images[0].width}px"}  # or it stretches over the page
+        size = {"width": f"{self._row(start).width}px"}  # or it stretches over the page
         self.label, self.picture = ipywidgets.HTML(), ipywidgets.Image(format="png", layout=size)
         self.widget = ipywidgets.VBox([ipywidgets.HBox([self.slider, self.label]), self.picture])
         self.slider.observe(self._moved, "value")
         self._moved({"new": start})
+
+    def _row(self, index: int) -> Image.Image:
+        """The pictures of one scale side by side, from memory after the first time."""
+        if index not in self._rows:
+            self._rows[index] = side_by_side(self._draw(self._scales[index]))
+        return self._rows[index]
 
     def scale(self) -> float:
         """The scale that the widget shows."""
@@ -36,7 +47,8 @@ class ScaleExplorer:
 
     def html(self) -> str:
         """A page with a slider that needs no kernel and stays alive in a saved notebook."""
-        return scrubber_html(self._images, self._labels, start=self.slider.value)
+        rows = [self._row(index) for index in range(len(self._scales))]
+        return scrubber_html(rows, self._labels, start=self.slider.value)
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -46,7 +58,7 @@ class ScaleExplorer:
 
     def _moved(self, change: dict) -> None:
         self.label.value = self._labels[change["new"]]
-        self.picture.value = encoded(self._images[change["new"]], "PNG")
+        self.picture.value = encoded(self._row(change["new"]), "PNG")
 
 
 def scrubber_html(images: Sequence[Image.Image], labels: Sequence[str], start: int = 0) -> str:
@@ -65,9 +77,48 @@ def scrubber_html(images: Sequence[Image.Image], labels: Sequence[str], start: i
     )
 
 
-def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    width, height = pictures[0].size
-    row = Image.new("RGB", (width * len(pictures), height))
-    for index, picture in enumerate(pictures):
-        row.paste(picture, (width * index, 0))
-    return row
+class WeightExplorer:
+    """Two sliders over the pictures of `inference.weight_grid`, which need no kernel.
+
+    grid: rows follow the first adapter's weights, columns the second's. weights: {adapter: its weights}, in this order.
+    """
+
+    def __init__(
+        self, grid: Sequence[Sequence[Image.Image]], weights: Mapping[str, Sequence[float]]
+    ):
+        self._grid, (self._down, self._across) = grid, weights.items()
+
+    def html(self) -> str:
+        """A page that stays alive in a saved notebook; it starts where the weights are nearest to 1."""
+        sides = (self._down, self._across)
+        starts = [min(range(len(w)), key=lambda i: abs(w[i] - 1)) for _, w in sides]
+        turn = (
+            "const d=this.closest('div'),[a,b]=d.querySelectorAll('input'),"
+            f"at={len(self._across[1])}*a.value+ +b.value;"
+            "d.querySelectorAll('figure').forEach((f,i)=&gt;f.hidden=i!=at)"
+        )
+        sliders = "".join(
+            f'<label>{escape(name)} <input type="range" min="0" max="{len(values) - 1}" value="{start}" '
+            f'style="width:12em;vertical-align:middle" onkeydown="event.stopPropagation()" oninput="{turn}"></label> '
+            for (name, values), start in zip(sides, starts, strict=True)
+        )
+        pages = "".join(
+            f'<figure style="margin:0" {"" if [i, j] == starts else "hidden"}><figcaption>{escape(self._label(i, j))}'
+            f"</figcaption>{img(encoded(picture, 'WEBP'), 'webp')}</figure>"
+            for i, row in enumerate(self._grid)
+            for j, picture in enumerate(row)
+        )
+        return f"<div>{sliders}{pages}</div>"
+
+    def _label(self, i: int, j: int) -> str:
+        places = ((self._down, i), (self._across, j))
+        return ", ".join(f"{name} {values[place]:g}" for (name, values), place in places)
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    def __repr__(self) -> str:
+        sides = (
+            f"{name} {', '.join(f'{v:g}' for v in w)}" for name, w in (self._down, self._across)
+        )
+        return f"WeightExplorer({'; '.join(sides)})"
