@@ -2,13 +2,15 @@
 
 import gc
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 
 from lora_nb import adapters, formats, inference, plots
-from lora_nb.errors import ConfigError, FormatError
+from lora_nb.errors import ConfigError, DataError, FormatError
 from lora_nb.families import load_family, tiny
 from lora_nb.formats import Pair
 from lora_nb.inference import attach
@@ -137,6 +139,77 @@ def test_scale_of_a_block_that_is_not_there(pipeline, files):
     assert torch.equal(seen(pipeline), before)
 
 
+def test_weight_grid_is_the_pictures_at_those_weights(base, pipeline, files):
+    """Rows follow the first adapter; the corner is the base; the scales are afterwards as they were."""
+    names = {"a": files["a"], "wide": files["wide"]}
+    for name, file in names.items():
+        inference.use_adapter(pipeline, file, name, 0.3)
+    before = seen(pipeline)
+    short = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    grid = inference.weight_grid(pipeline, "a fox", 3, {"a": [0, 1], "wide": [0, -0.5, 1]}, **short)
+    assert torch.equal(seen(pipeline), before)
+    for row, a in zip(grid, (0, 1), strict=True):
+        for picture, wide in zip(row, (0, -0.5, 1), strict=True):
+            other = inference.load_pipeline(base)
+            for name, weight in (("a", a), ("wide", wide)):
+                inference.use_adapter(other, names[name], name, weight)
+            (expected,) = inference.generate(other, "a fox", 3, **short)
+            apart = np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max()
+            assert apart <= 1  # merging rounds
+    with pytest.raises(ConfigError, match="name two"):
+        inference.weight_grid(pipeline, "a fox", 3, {"a": [0, 1]})
+
+
+def test_fusing_is_undone_bit_for_bit_whatever_happens_inside(base, pipeline, files):
+    inference.use_adapter(pipeline, files["a"], "a")
+    inference.use_adapter(pipeline, files["rs"], "rs", -0.7)
+    beside = seen(pipeline)
+
+    def interrupted():
+        with inference.fused(pipeline):
+            assert (seen(pipeline) - beside).abs().max() < 1e-5
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    assert torch.equal(seen(pipeline), beside)
+    inference.remove_adapter(pipeline)
+    assert torch.equal(seen(pipeline), seen(inference.load_pipeline(base)))
+
+
+# The moving picture of a training
+
+
+def test_gif_has_a_frame_for_the_base_and_each_step(tmp_path):
+    """In order of step, pictures in their places, a step that was cut short left out."""
+    (tmp_path / "samples").mkdir()
+    sets = {"base": 0, "step-000020": 80, "step-000100": 160, "step-000120": 240}
+    for label, red in sets.items():
+        for p, s in ((0, 0), (0, 1), (1, 0)):
+            if (label, p) != ("step-000120", 1):
+                picture = Image.new("RGB", (40, 40), (red, 100 * p, 100 * s))
+                picture.save(tmp_path / "samples" / f"{label}-p{p}-s{s}.png")
+    file = inference.gif(tmp_path, seconds=0.5, columns=2)
+    assert file == tmp_path / "samples.gif"
+    moving = Image.open(file)
+    assert (moving.n_frames, moving.size) == (3, (80, 80 + 16))
+    labels = set()
+    for frame, red in enumerate((0, 80, 160)):
+        moving.seek(frame)
+        page = moving.convert("RGB")
+        places = [page.getpixel(at) for at in ((20, 36), (60, 36), (20, 76))]
+        assert places == [(red, 0, 0), (red, 0, 100), (red, 100, 0)]
+        labels.add(page.crop((0, 0, 80, 16)).tobytes())
+        assert moving.info["duration"] == (1500 if frame == 2 else 500)
+    assert len(labels) == 3
+
+
+def test_gif_of_a_run_without_samples(tmp_path):
+    with pytest.raises(DataError, match="validation_prompts"):
+        inference.gif(tmp_path)
+
+
 # Schedulers
 
 
@@ -234,3 +307,18 @@ def test_cosine_is_that_of_the_changes():
     da, db = (w["unet"]["x"].delta().flatten() for w in (a, b))
     (found,) = formats.overlap(a, b)
     assert found.cosine == pytest.approx(float(da @ db / da.norm() / db.norm()), abs=1e-6)
+
+
+def test_overlap_figure_shows_the_mean_of_each_block():
+    (u, v), (other, _) = frames(1, 10, 14, 3), frames(2, 10, 14, 3)
+    values = torch.tensor([3.0, 2, 1], dtype=torch.float64)
+    names = ("down_blocks.0.x", "up_blocks.1.x", "up_blocks.1.y", "mid_block.x")
+    a = {"unet": {n: pair(u, values, v) for n in names}}
+    b = {"unet": {n: pair(other if n.endswith("y") else u, values, v) for n in names}}
+    found = {o.layer: o for o in formats.overlap(a, b)}
+    axes = plots.overlap_bars(list(found.values())).axes[0]
+    blocks = [label.get_text() for label in axes.get_yticklabels()]
+    assert blocks == ["unet.down_blocks.0", "unet.mid_block", "unet.up_blocks.1"]
+    half = (found["up_blocks.1.x"].shared + found["up_blocks.1.y"].shared) / 2
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([1, 1, half], abs=1e-6)
+    assert list(axes.lines[0].get_xdata()) == pytest.approx([(3 / 10 + 3 / 14) / 2] * 3)

@@ -9,20 +9,24 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from packaging.version import Version
 
-from lora_nb import formats, rng
+from lora_nb import adapters, checkpoint, env, formats, rng, run_state
 from lora_nb.config import TrainConfig
-from lora_nb.errors import ConfigError, FormatError
-from lora_nb.families import Batch, Family, load_family
+from lora_nb.errors import CheckpointError, ConfigError, FormatError
+from lora_nb.families import Batch, Family, family_of, load_family
 from lora_nb.families._imports import quiet
 from lora_nb.files import write_atomically
 from lora_nb.inference.attach import adapter_names, remove_adapter, use_adapter
 from lora_nb.run_folder import CONFIG, read_config
+from lora_nb.trainer import DTYPES
+
+Outputs = dict[str, torch.Tensor]  # by name: the prediction and the text states
 
 FORMATS = ("diffusers", "kohya")
+SUFFIX = ".certificate.json"  # in place of .safetensors
 SEED = 20_261_123  # the same latents, noise and timestep in every certificate
 LIBRARIES = ("diffusers", "peft", "transformers", "torch", "safetensors")
 CAPTIONS = ("", "a drawing of a fox")
@@ -99,6 +103,21 @@ class Certificate:
         """All of it, with the verdict."""
         return json.dumps(dataclasses.asdict(self) | {"holds": self.holds}, indent=1)
 
+    @classmethod
+    def beside(cls, file: str | Path) -> "Certificate | None":
+        """The certificate kept beside a LoRA file; None if there is none for these very bytes."""
+        kept = _place(Path(file))
+        if not kept.is_file():
+            return None
+        values = json.loads(kept.read_text(encoding="utf-8"))
+        del values["holds"]
+        values["modules"] = tuple(map(tuple, values["modules"]))
+        values["readings"] = tuple(
+            Reading(**r | {"missing": tuple(r["missing"])}) for r in values["readings"]
+        )
+        certificate = cls(**values)
+        return certificate if certificate.sha256 == _sha256(Path(file)) else None
+
 
 def export(
     source: str | Path,
@@ -161,13 +180,48 @@ def certify(
 
     family: with the trained adapter on. model: its base, loaded a second time for the comparison.
     """
-    file = Path(file)
     trained, wanted = _outputs(family), formats.weights_of_modules(family.trainable)
     fresh = load_family("auto", model, dtype=family.dtype, device=str(family.device), **stages)
+    return _proved(Path(file), model, dtype, trained, wanted, fresh)
+
+
+def certify_run(folder: str | Path) -> Certificate:
+    """Compare a run's own adapter file with the weights that its newest checkpoint was trained to.
+
+    The base model is loaded twice, one after the other: with the checkpoint's weights in the adapters, and fresh for
+    the file. The certificate lies beside the file. Raises CheckpointError if there is no run, checkpoint or file.
+    """
+    folder, config = Path(folder), read_config(folder)
+    saved, file = checkpoint.latest(folder), folder / formats.FILE_NAME
+    if saved is None or not file.is_file():
+        raise CheckpointError(
+            f"There is no {'adapter file' if saved else 'checkpoint'} in {folder}, so nothing to compare; train there."
+        )
+    load = lambda: family_of(  # noqa: E731
+        config, DTYPES[config.mixed_precision or "no"], env.pick_device().name
+    )
+    family = load()
+    adapters.add(family, adapters.named(family, config.lora))
+    adapters.load_state(family, run_state.adapter_weights(saved.tensors))
+    trained, wanted = _outputs(family), formats.weights_of_modules(family.trainable)
+    del family  # only one of the two is in memory
+    model = str(config.pretrained_model_name_or_path)
+    return _proved(file, model, "fp32", trained, wanted, load())
+
+
+def _proved(
+    file: Path,
+    model: str,
+    dtype: str,
+    trained: Outputs,
+    wanted: formats.Weights,
+    fresh: Family,
+) -> Certificate:
+    """The file, read into a fresh base by each reader, against outputs and weights as trained."""
     base = _outputs(fresh)
     pipeline = fresh.pipeline()
     readers = {"lora_nb": lambda: use_adapter(pipeline, file)}
-    if hasattr(pipeline, "load_lora_weights"):
+    if hasattr(pipeline, "load_lora_weights") and not _misread(file, fresh):
         readers["diffusers"] = lambda: pipeline.load_lora_weights(
             file.parent, weight_name=file.name
         )
@@ -190,7 +244,7 @@ def certify(
     effect, output = _apart(trained, base), max(float(v.abs().max()) for v in trained.values())
     certificate = Certificate(
         file=file.name,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        sha256=_sha256(file),
         format=formats.inspect(file).format,
         dtype=dtype,
         base=Path(model).name,
@@ -201,12 +255,32 @@ def certify(
         readings=tuple(readings),
         versions={name: importlib.metadata.version(name) for name in LIBRARIES},
     )
-    write_atomically(file.with_suffix(".certificate.json"), certificate.to_json())
+    write_atomically(_place(file), certificate.to_json())
     return certificate
 
 
+def _misread(file: Path, family: Family) -> bool:
+    """Whether this diffusers cannot read the file's text encoders: before 0.42 it looks for the file's `text_model`
+    in a text encoder from which transformers 5.6 took it out, and stops at an index."""
+    if Version(importlib.metadata.version("diffusers")) >= Version("0.42"):
+        return False
+    flat = any(
+        part.startswith("text_encoder") and not hasattr(module, "text_model")
+        for part, module in family.trainable.items()
+    )
+    return flat and any("text_model" in name for name in formats.read_header(file)[1])
+
+
+def _place(file: Path) -> Path:
+    return file.with_suffix(SUFFIX)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 @torch.no_grad()
-def _outputs(family: Family) -> dict[str, torch.Tensor]:
+def _outputs(family: Family) -> Outputs:
     """The network's prediction and the text states at fixed pictures, noise and timestep, float32 on the CPU."""
     side, n = family.resolution, len(CAPTIONS)
     pixels = rng.normal((3, side, side), SEED, "pixels", range(n)).clamp(-1, 1)
@@ -222,7 +296,7 @@ def _outputs(family: Family) -> dict[str, torch.Tensor]:
 
 
 def _compared(
-    name: str, trained: Any, read: Any, wanted: formats.Weights, found: formats.Weights
+    name: str, trained: Outputs, read: Outputs, wanted: formats.Weights, found: formats.Weights
 ) -> Reading:
     missing, largest = [], 0.0
     for part, pairs in wanted.items():
@@ -235,5 +309,5 @@ def _compared(
     return Reading(name, _apart(trained, read), largest, tuple(missing))
 
 
-def _apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+def _apart(a: Outputs, b: Outputs) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)

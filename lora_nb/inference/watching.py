@@ -1,6 +1,7 @@
 """Sample pictures while training, drawn without a trace in the training."""
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lora_nb import adapters
+from lora_nb import adapters, trackers
+from lora_nb.errors import NumericsError
 from lora_nb.inference.attach import fused, modules
 from lora_nb.inference.drawing import generate
 
@@ -28,10 +30,10 @@ def with_samples(training: Any) -> Iterator[Any]:
     with closing(iter(training)) as steps:
         if draws and training.start_step < training.max_train_steps:
             with adapters.disabled(training.family):
-                _draw(training, "base", 0)
+                draw_samples(training, "base", 0)
         for step in steps:
             if draws and (step.step % every == 0 or step.step == training.max_train_steps):
-                _draw(training, f"step-{step.step:06d}", step.step)
+                draw_samples(training, f"step-{step.step:06d}", step.step)
             yield step
 
 
@@ -54,25 +56,37 @@ def _sample_order(file: Path) -> tuple[int, int, int]:
     )
 
 
-def _draw(training: Any, label: str, step: int) -> None:
+def draw_samples(training: Any, label: str, step: int) -> list[Path]:
+    """Draw the validation prompts with the adapters as they are now into samples/<label>-p0-s0.png and so on.
+
+    As in `with_samples`: a line in the history, and no trace in the training. Returns the files by prompt and seed.
+    Samples that are not finite are left out and black ones are kept, both with a warning: training itself goes on.
+    """
     config, pipeline = training.config, training.family.pipeline()
     began = time.perf_counter()
     seeds = [config.seed + s for s in range(config.num_validation_images)]
     # Merging rounds in half precision; there the samples keep the adapters apart, as training does.
     merged = fused(pipeline) if training.family.dtype == torch.float32 else nullcontext()
     with _left_as_it_was(training.family), merged:
-        pictures = generate(
-            pipeline,
-            [prompt for prompt in config.validation_prompts for _ in seeds],
-            seeds * len(config.validation_prompts),
-            **config.sampling,
-        )
+        try:
+            pictures = generate(
+                pipeline,
+                [prompt for prompt in config.validation_prompts for _ in seeds],
+                seeds * len(config.validation_prompts),
+                **config.sampling,
+            )
+        except NumericsError:
+            _alarm(training, step, "a sample is not finite, so none was kept")
+            return []
+    if any(picture.getextrema() == ((0, 0),) * 3 for picture in pictures):
+        _alarm(training, step, "a sample is all black")
     folder = training.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     places = [(p, s) for p in range(len(config.validation_prompts)) for s in range(len(seeds))]
     files = [folder / f"{label}-p{p}-s{s}.png" for p, s in places]
     for picture, file in zip(pictures, files, strict=True):
         picture.save(file)
+    trackers.log_pictures(training.accelerator, config, pictures, step)
     training.record(
         "samples",
         step=step,
@@ -80,6 +94,16 @@ def _draw(training: Any, label: str, step: int) -> None:
         files=[f"samples/{file.name}" for file in files],
         seconds=time.perf_counter() - began,
     )
+    return files
+
+
+def _alarm(training: Any, step: int, what: str) -> None:
+    text = (
+        f"After step {step} {what}: numbers have overflowed while drawing it. Train in bf16 or float32 instead of "
+        "fp16, or use a VAE that is safe in it (pretrained_vae_model_name_or_path)."
+    )
+    training.record("alarm", step=step, message=text)
+    warnings.warn(text, stacklevel=4)
 
 
 @contextmanager
