@@ -31,3 +31,7 @@ class CheckpointError(LoraNbError):
 
 class NumericsError(LoraNbError):
     """Numbers that stopped being finite, or a run that changed nothing."""
+
+
+class HubError(LoraNbError):
+    """The Hub cannot be reached, or does not want what is sent."""

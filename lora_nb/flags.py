@@ -47,12 +47,12 @@ _ANSWERED = {
     "prodigy_decouple": (str, "the optimizer is AdamW"),
     "prodigy_use_bias_correction": (str, "the optimizer is AdamW"),
     "prodigy_safeguard_warmup": (str, "the optimizer is AdamW"),
-    "push_to_hub": (
-        bool,
-        "nothing is uploaded from here yet; the folder with its card is ready for `hf upload`",
-    ),
-    "hub_model_id": (str, "nothing is uploaded from here yet; give the name to `hf upload`"),
-    "hub_token": (str, "nothing is uploaded from here yet; log in with `hf auth login`"),
+}
+# What happens with the finished run, which no config knows: a token must not get into a file.
+_SHARING = {
+    "push_to_hub": (bool, "upload adapter, card, report and samples after training, privately"),
+    "hub_model_id": (str, "where to: user/name [the name of output_dir]"),
+    "hub_token": (str, "the Hub's token, used and forgotten [that of `hf auth login`]"),
 }
 # Flags that would change what is learned, and cannot be followed.
 _REFUSED = {
@@ -104,13 +104,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         for f in dataclasses.fields(cls):
             if f.name not in ("lora", "data"):
                 _add_flag(group, f.name, hints[f.name], f, "")
+    _add_plain(parser.add_argument_group("sharing"), _SHARING)
     others = parser.add_argument_group(
         "flags of the reference scripts", "Taken and answered, or refused, in one sentence."
     )
-    for name, (kind, answer) in (_ANSWERED | _REFUSED).items():
-        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": answer}
+    _add_plain(others, _ANSWERED | _REFUSED)
+
+
+def _add_plain(group: Any, named: dict[str, tuple[type, str]]) -> None:
+    """Flags that are no settings, absent unless they were typed."""
+    for name, (kind, text) in named.items():
+        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         how |= {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "VALUE"}
-        others.add_argument(f"--{name}", **how)
+        group.add_argument(f"--{name}", **how)
 
 
 def _add_flag(group: Any, flag: str, hint: Any, f: dataclasses.Field, note: str) -> None:
@@ -153,6 +159,8 @@ def from_flags(namespace: argparse.Namespace, base: dict[str, Any] | None = None
     for name in [name for name in given if name in _ANSWERED]:
         given.pop(name)
         print(f"--{name} does nothing here: {_ANSWERED[name][1]}.", file=sys.stderr)
+    for name in [name for name in _SHARING if name in given and "push_to_hub" not in given]:
+        print(f"--{name} does nothing here without --push_to_hub.", file=sys.stderr)
     values = dict(base or {})
     if path := given.pop("config", None):
         try:

@@ -39,6 +39,17 @@ def redacted(text: str) -> str:
     return text
 
 
+def public(value: Any) -> str:
+    """A path as it may be shown: relative to where we are, or its last name alone; other values as they are."""
+    if value is None:
+        return "none"
+    path = Path(value)
+    if path.exists() and path.resolve().is_relative_to(Path.cwd()):
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    outside = path.is_absolute() or path.parts[:1] == ("~",) or ".." in path.parts
+    return path.name if outside else str(value)
+
+
 def kinds(text: str) -> list[str]:
     """The kinds of secrets in a text, by name."""
     return [kind for kind, pattern in KINDS.items() if pattern.search(text)]

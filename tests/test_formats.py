@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lora_nb import adapters, formats
 from lora_nb.config import LoraSpec
 from lora_nb.errors import FormatError, NumericsError
-from lora_nb.families import load_family
+from lora_nb.families import REGISTRY, load_family, tiny
 
 
 @pytest.fixture
@@ -72,6 +72,34 @@ def test_inspect_says_what_is_in_it(family, tmp_path):
     assert report.problems == ()
     assert "text_encoder" in report.table()
     assert formats.inspect(tmp_path) == formats.inspect(tmp_path)  # a folder will do
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_our_own_file_of_any_family_names_it(tmp_path, name):
+    """Also of models whose sizes nobody knows, as the tiny ones are."""
+    family = load_family("auto", str(tiny.build(name, tmp_path / "base")))
+    adapters.add(family, {next(iter(family.trainable)): LoraSpec(rank=2)})
+    assert formats.inspect(formats.save_adapter(family, tmp_path)).family == name
+    if getattr(family, "kohya", None):
+        file = formats.save_kohya(family, tmp_path / "kohya.safetensors")
+        assert formats.inspect(file).family == name
+
+
+def test_a_family_that_is_none_of_ours_is_not_repeated(family, tmp_path):
+    file = formats.save_adapter(family, tmp_path, {"family": "<b>best</b>"})
+    assert formats.inspect(file).family == "unknown"
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), PermissionError(13, "no"), KeyboardInterrupt()])
+def test_a_fault_of_the_machine_is_not_blamed_on_the_file(family, tmp_path, monkeypatch, fault):
+    file = formats.save_adapter(family, tmp_path)
+
+    def failing(_):
+        raise fault
+
+    monkeypatch.setattr(formats.inspecting, "load_file", failing)
+    with pytest.raises(type(fault)):
+        formats.inspect(file)
 
 
 def test_inspect_warns_of_lost_alpha(family, tmp_path):

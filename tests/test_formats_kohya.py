@@ -1,5 +1,6 @@
 """Kohya files: exact for every scale, certified by two readers, named as ComfyUI and A1111 look them up."""
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,12 +21,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_nb import adapters, cli, formats, inference
 from lora_nb.config import LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError, FormatError
-from lora_nb.families import load_family, tiny
+from lora_nb.families import REGISTRY, load_family, tiny
 from lora_nb.formats.kohya import kohya_name
 from lora_nb.formats.weights import weights_of_modules
 
 FAMILIES = ("sd", "sdxl")
 MAPS = json.loads((Path(__file__).parent / "key_maps.json").read_text())
+# Before 0.42 diffusers does not read a Kohya file's text encoders beside transformers from 5.6 on: certificate.py.
+diffusers_reads = pytest.mark.skipif(
+    Version(importlib.metadata.version("diffusers")) < Version("0.42"),
+    reason="this diffusers misreads text encoders of Kohya files",
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,7 @@ def cases(draw):
     return family, configs
 
 
+@diffusers_reads
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(), seed=st.integers(0, 99))
 def test_every_scale_survives_the_round_trip(loaded, tmp_path_factory, case, seed):
@@ -165,6 +173,7 @@ print(json.dumps(found))
 """
 
 
+@diffusers_reads
 def test_diffusers_alone_sees_the_trained_model(models, loaded, tmp_path):
     """In a process without lora_nb: the network's output through both forms of every case, at most 1e-6 off."""
     jobs = []
@@ -422,6 +431,7 @@ def test_convolutions_are_exact_too(models, loaded, tmp_path):
 # The certificate, and the command
 
 
+@diffusers_reads
 def test_certificate_says_what_was_proved(models, loaded, tmp_path):
     family = loaded["sd"][0]
     stir(family, dict.fromkeys(family.trainable, CASES["mixed"]))
@@ -505,12 +515,14 @@ def test_wrong_words_are_refused_before_anything_is_read(tmp_path, change, sente
         inference.export(**given)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "kandinsky_decoder", "kandinsky_prior"])
+@pytest.mark.parametrize("name", sorted(set(REGISTRY) - set(FAMILIES)))
 def test_diffusers_files_of_other_families_are_certified(tmp_path, name):
-    """Text, pictures and geometry at fixed values, for whatever the family's condition is made of."""
+    """Text, pictures and geometry at fixed values, for whatever the family's condition is made of; rsLoRA, patterns."""
     model = tiny.build(name, tmp_path / "model")
     family = load_family("auto", str(model))
-    stir(family, {next(iter(family.targets)): {"r": 3, "lora_alpha": 5}})
+    part, (some, *_) = next(iter(family.targets.items()))
+    mixed = {"use_rslora": True, "rank_pattern": {some: 2}, "alpha_pattern": {some: 7}}
+    stir(family, {part: {"r": 3, "lora_alpha": 5} | mixed})
     source = formats.save_adapter(family, tmp_path / "run", {"base_model": str(model)})
     certificate = inference.export(source, tmp_path / "out.safetensors", "diffusers")
     assert certificate.holds

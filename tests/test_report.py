@@ -1,10 +1,12 @@
 """The report and the card of a real run: complete, self-contained, and silent about paths and people."""
 
+import hashlib
 import html
 import html.parser
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,15 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import CheckpointError
 from lora_nb.families import tiny
 from lora_nb.formats import FILE_NAME
 from lora_nb.inference import with_samples
-from lora_nb.report import facts, page, write_card, write_report
+from lora_nb.report import facts, markup, page, write_card, write_report
 from lora_nb.trainer import train
 
 TOKEN = "hf_" + "Q7canary" * 4
@@ -130,9 +134,49 @@ def test_page_says_what_was_trained_and_what_came_out(report, run):
         f"{abs(probe['difference']):.4f} {'lower' if probe['difference'] < 0 else 'higher'}" in text
     )
     assert f"standard error {probe['standard_error']:.4f}" in text
+    low, high = (probe["difference"] + sign * 1.96 * probe["standard_error"] for sign in (-1, 1))
+    assert f"95 % interval of the difference {low:+.4f} to {high:+.4f}" in text
     assert "rank 2, alpha 4, dropout 0, learning rate 0.0001" in text
     assert "base a fox" not in text  # labels and prompts are heads of rows and columns
     assert [label for label in ("base", "step 2", "step 4") if f">{label}</th>" not in report] == []
+
+
+def test_page_and_card_carry_the_certificate_of_the_file(report, card, run):
+    """Made when the report is written, against the checkpoint, and kept beside the file."""
+    kept = json.loads((run / "pytorch_lora_weights.certificate.json").read_text())
+    assert kept["holds"]
+    assert kept["sha256"] == hashlib.sha256((run / FILE_NAME).read_bytes()).hexdigest()
+    assert [r["reader"] for r in kept["readings"]] == ["lora_nb", "diffusers"]
+    assert f"holds for {len(kept['modules'])} layers" in text_of(report)
+    assert kept["sha256"][:16] in text_of(report)
+    assert "read back into a fresh base model, gives the trained model's outputs exactly" in card
+
+
+def test_a_file_that_is_not_the_trained_one_is_called_so(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "noisy")
+    tensors = {name: 2 * value for name, value in load_file(copy / FILE_NAME).items()}
+    with safe_open(copy / FILE_NAME, "pt") as opened:
+        save_file(tensors, copy / FILE_NAME, opened.metadata())
+    assert "DOES NOT HOLD" in text_of(write_report(copy).read_text(encoding="utf-8"))
+    assert "No file of it was read back" in write_card(copy).read_text(encoding="utf-8")
+
+
+def test_without_checkpoint_the_page_says_that_there_is_no_certificate(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "noisy")
+    (copy / "pytorch_lora_weights.certificate.json").unlink(missing_ok=True)
+    for folder in copy.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    text = text_of(write_report(copy).read_text(encoding="utf-8"))
+    assert "its checkpoint is not here any more" in text
+
+
+def test_cost_is_measured_or_said_not_to_be(report, run):
+    text = text_of(report)
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    spent = sum(line["cpu_seconds"] for line in lines if line["event"] in ("end", "stop"))
+    assert spent > 0
+    assert f"CPU time {spent:.0f} s, samples included" in text
+    assert "energy not measured" in text
 
 
 def test_page_names_data_licence_and_versions(report, run):
@@ -170,7 +214,7 @@ def test_page_is_readable_in_light_and_dark(report):
 
     schemes = [
         dict(re.findall(r"--(\w+): (#\w+)", block))
-        for block in re.findall(r":root \{(.*?)\}", page.STYLE, re.S)
+        for block in re.findall(r":root \{(.*?)\}", markup.STYLE, re.S)
     ]
     assert len(schemes) == 2
     for scheme in schemes:

@@ -12,6 +12,7 @@ from lora_nb.errors import FormatError, LoraNbError
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_METADATA = "lora_adapter_metadata"
+FAMILY = "family"  # our own entry of the header: which model family the file was trained for
 
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare ones
 
@@ -47,18 +48,31 @@ OTHER_METHODS = {
     r"^(bundle_emb\.|emb_params$|clip_[lg]$)": "text embeddings (pivotal tuning)",
 }
 
+# What safetensors, torch, peft and json raise over numbers, shapes, names and nesting that make no sense.
+STUMBLES = (
+    SafetensorError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    re.error,
+)
+
 
 @contextmanager
 def understood(file: str | Path) -> Iterator[None]:
     """Turn what a damaged or made-up file makes our reading stumble over into one sentence.
 
-    Any shape, type and nesting may stand in such a file, so the kinds of errors are not foreseen one by one.
+    Any shape, type and nesting may stand in such a file, so its places are not foreseen one by one; a fault of the
+    machine (no memory, no permission) stays what it is.
     """
     try:
         yield
     except LoraNbError:
         raise
-    except Exception as error:
+    except STUMBLES as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise FormatError(
             f"{Path(file).name} cannot be understood as a LoRA file ({why}); get it again."

@@ -14,6 +14,7 @@ from lora_nb.families import REGISTRY
 from lora_nb.families.names import KOHYA_PREFIXES, recognise
 from lora_nb.formats.header import (
     ADAPTER_METADATA,
+    FAMILY,
     FILE_NAME,
     PEFT_CONFIG,
     other_methods,
@@ -51,7 +52,7 @@ class PartReport:
 class FileReport:
     """What a LoRA file holds; `problems` names what is wrong with it, `lost` what a conversion drops, in sentences.
 
-    family, base: told by the layers and their sizes, the base else by the header; "unknown" if nothing tells.
+    family, base: told by our own header, or by the layers and their sizes; "unknown" if nothing tells.
     """
 
     file: str
@@ -113,8 +114,7 @@ def _inspect(file: str | Path) -> FileReport:
         methods = " and ".join(other_methods(keys))
         held = f"it is {methods}" if methods else "no key ends like .lora_A.weight"
         raise FormatError(f"{file} holds no LoRA weights ({held}); get a LoRA version of it.")
-    stated = Path(metadata.get("base_model", "unknown")).name
-    family, base = recognise((m.layer, m.inputs) for m in modules) or ("unknown", stated)
+    family, base = _family(metadata, modules)
     parts = {}
     for part in dict.fromkeys(m.part for m in modules):
         found = [m for m in modules if m.part == part]
@@ -138,6 +138,16 @@ def _inspect(file: str | Path) -> FileReport:
         modules=tuple(modules),
         lost=_lost(tensors, metadata, settings, modules, forms, family),
     )
+
+
+def _family(metadata: dict[str, str], modules: list[ModuleReport]) -> tuple[str, str]:
+    """Family and base: what our own header says, else what the layers and their sizes tell."""
+    stated = Path(metadata.get("base_model", "unknown")).name
+    told = recognise((m.layer, m.inputs) for m in modules) or ("unknown", stated)
+    own = metadata.get(FAMILY)
+    if own not in REGISTRY or own == told[0]:
+        return told
+    return own, stated
 
 
 def _modules(
@@ -225,7 +235,7 @@ def _lost(
         if entries := [k for k in metadata if k.startswith(("ss_", "sshs_", "modelspec."))]:
             lost.append(f"{len(entries)} entries of the header, such as {sorted(entries)[0]}")
         return {"diffusers": tuple(lost)}
-    if family in REGISTRY and not hasattr(REGISTRY[family], "kohya"):
+    if family in REGISTRY and not getattr(REGISTRY[family], "kohya", None):
         return {"kohya": ("everything: this family has no Kohya form here, the export is refused",)}
     lost = ["everything: DoRA has no exact Kohya form, the export is refused"] if dora else []
     if any(v for k, v in settings.items() if k.endswith("use_rslora")):

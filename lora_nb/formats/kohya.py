@@ -19,7 +19,7 @@ from lora_nb.errors import FormatError
 from lora_nb.families import Family
 from lora_nb.families.names import KohyaLayout, compvis_name
 from lora_nb.files import write_atomically
-from lora_nb.formats.header import first
+from lora_nb.formats.header import FAMILY, first
 from lora_nb.formats.weights import Pair, Weights, refuse_infinite, weights_of_modules
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
@@ -130,7 +130,7 @@ def kohya_header(
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.prediction_type": "v" if predicts_v else "epsilon",
     }
-    return {"format": "pt"} | header | (_of_run(config) if config else {})
+    return {"format": "pt", FAMILY: family.name} | header | (_of_run(config) if config else {})
 
 
 def _one(values: set[str]) -> str:

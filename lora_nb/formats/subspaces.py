@@ -24,12 +24,7 @@ class Spectrum:
     @property
     def block(self) -> str:
         """The part and, in a network, the block that figures group by."""
-        words = self.layer.split(".")
-        return (
-            f"{self.part}.{'.'.join(words[:2])}"
-            if words[0] in BLOCKS
-            else f"{self.part}.{words[0]}"
-        )
+        return _block(self.part, self.layer)
 
     @property
     def energy(self) -> tuple[float, ...]:
@@ -50,6 +45,11 @@ class Spectrum:
 
 
 BLOCKS = ("down_blocks", "up_blocks", "transformer_blocks", "single_transformer_blocks", "blocks")
+
+
+def _block(part: str, layer: str) -> str:
+    words = layer.split(".")
+    return ".".join([part, *words[: 2 if words[0] in BLOCKS else 1]])
 
 
 def xray(weights: Weights) -> list[Spectrum]:
@@ -90,6 +90,11 @@ class Overlap:
     shared: float
     chance: float
     cosine: float
+
+    @property
+    def block(self) -> str:
+        """The part and, in a network, the block that figures group by."""
+        return _block(self.part, self.layer)
 
 
 def overlap(first: Weights, second: Weights) -> list[Overlap]:

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from lora_nb import adapters
 from lora_nb.families import Family
 from lora_nb.files import write_atomically
-from lora_nb.formats.header import ADAPTER_METADATA, FILE_NAME
+from lora_nb.formats.header import ADAPTER_METADATA, FAMILY, FILE_NAME
 from lora_nb.formats.weights import plain, refuse_infinite
 
 
@@ -26,7 +26,7 @@ def save_diffusers(family: Family, file: str | Path, extra: dict[str, str] | Non
     """As `save_adapter`, under any file name."""
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, object] = {}
-    header = {"format": "pt"}
+    header = {"format": "pt", FAMILY: family.name}
     for part, weights in adapters.state(family).items():
         kept = getattr(family, "peft_keys", False)
         prefix = f"{part}."

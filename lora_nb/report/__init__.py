@@ -5,6 +5,8 @@ name no absolute path and no user. Figures are in `plots`, numbers in history.js
 """
 
 from lora_nb.report.card import write_card
+from lora_nb.report.compare import Comparison, compare
+from lora_nb.report.facts import Run
 from lora_nb.report.page import write_report
 
-__all__ = ["write_card", "write_report"]
+__all__ = ["Comparison", "Run", "compare", "write_card", "write_report"]

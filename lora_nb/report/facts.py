@@ -11,9 +11,11 @@ from typing import Any
 
 from lora_nb import inference
 from lora_nb.config import TrainConfig
-from lora_nb.formats import FILE_NAME
+from lora_nb.formats import FILE_NAME, KOHYA_FILE
+from lora_nb.redaction import public
 from lora_nb.run_folder import read_config, read_history
 
+GALLERY = 4  # prompts whose pictures the card shows
 PACKAGES = ("lora_nb", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -66,10 +68,14 @@ class Run:
     samples: dict[str, list[Path]]
     base_licence: Licence
     data_licence: Licence
+    certificates: tuple[inference.Certificate, ...]
+    repo_id: str | None = None  # where the run is shared; empty means by its folder
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Run":
+    def read(cls, folder: str | Path, repo_id: str | None = None) -> "Run":
         config = read_config(folder)
+        files = (Path(folder) / name for name in (FILE_NAME, KOHYA_FILE))
+        kept = [inference.Certificate.beside(file) for file in files if file.is_file()]
         return cls(
             folder=Path(folder),
             config=config,
@@ -77,7 +83,14 @@ class Run:
             samples=inference.samples(folder),
             base_licence=Licence.beside(config.pretrained_model_name_or_path),
             data_licence=Licence.beside(config.data.train_data_dir),
+            certificates=tuple(c for c in kept if c is not None),
+            repo_id=repo_id,
         )
+
+    @property
+    def certificate(self) -> inference.Certificate | None:
+        """Of the adapter itself."""
+        return next((c for c in self.certificates if c.file == FILE_NAME), None)
 
     @property
     def name(self) -> str:
@@ -138,7 +151,8 @@ class Run:
         )
         return (
             f"On {last['n']} held-out pictures the loss with the adapter is {abs(change):.4f} {direction} than "
-            f"the base model's {last['base']:.4f} (standard error {error:.4f}: {verdict})."
+            f"the base model's {last['base']:.4f} (standard error {error:.4f}: {verdict}; 95 % interval of the "
+            f"difference {change - 1.96 * error:+.4f} to {change + 1.96 * error:+.4f})."
         )
 
     def trigger(self) -> str:
@@ -168,6 +182,20 @@ class Run:
         sets = [files for label, files in self.samples.items() if label != "base"]
         return sets[-1] if sets else []
 
+    def drawn(self, prompt: str, base: bool = False) -> Path | None:
+        """The first picture of a prompt in the newest set, or in the base model's; None if there is none."""
+        label = "base" if base else next(reversed(self.samples), "base")
+        place = self.config.validation_prompts.index(prompt) * self.seeds
+        files = self.samples.get(label, [])
+        return files[place] if place < len(files) else None
+
+    def gallery(self) -> dict[str, list[Path]]:
+        """One picture for each of the first prompts, of the base model and of the last set, by label."""
+        ends = [label for label in self.samples if label == "base"] + list(self.samples)[-1:]
+        return {
+            label: self.samples[label][:: self.seeds][:GALLERY] for label in dict.fromkeys(ends)
+        }
+
     def prompt(self) -> str:
         return (
             self.config.validation_prompts[0]
@@ -182,7 +210,7 @@ class Run:
             f", guidance_rescale={config.guidance_rescale:g}" if config.guidance_rescale else ""
         )
         base, folder, prompt = (
-            json.dumps(t) for t in (self.base, public(self.folder), self.prompt())
+            json.dumps(t) for t in (self.base, self.repo_id or public(self.folder), self.prompt())
         )
         return "\n".join(
             (
@@ -199,13 +227,21 @@ class Run:
             )
         )
 
+    def _seeds(self) -> str:
+        first = self.config.seed or 0
+        return f"seed {first}" if self.seeds == 1 else f"seeds {first} to {first + self.seeds - 1}"
+
     def cost(self) -> dict[str, str]:
         steps = self.events("step")
         seconds = sum(step["seconds"] for step in steps)
         drawing = sum(event["seconds"] for event in self.events("samples"))
+        ends = self.events("end") + self.events("stop")
+        processor = sum(event.get("cpu_seconds", 0.0) for event in ends)
         rows = {
             "training": f"{seconds:.0f} s for {len(steps)} steps ({seconds / max(len(steps), 1):.2f} s each)",
             "samples": f"{drawing:.0f} s",
+            "CPU time": f"{processor:.0f} s, samples included" if processor else "not recorded",
+            "energy": "not measured",
             "pictures seen": f"{steps[-1]['images_seen']:,}" if steps else "0",
             "trainable weights": f"{self.start.get('parameters', 0):,}",
             "device": f"{self.start.get('device', 'unknown')}, {self.start.get('dtype', 'unknown')}",
@@ -237,19 +273,18 @@ class Run:
             "caption dropout": f"{config.data.caption_dropout:g}",
             "seed": str(config.seed),
             "sampling": f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}, "
-            f"rescale {config.guidance_rescale:g}, seeds {config.seed} to {(config.seed or 0) + self.seeds - 1}",
+            f"rescale {config.guidance_rescale:g}, {self._seeds()}",
         }
 
 
-def public(value: Any) -> str:
-    """A path as it may be shown: relative to where we are, or its last name alone; other values as they are."""
-    if value is None:
-        return "none"
-    path = Path(value)
-    if path.exists() and path.resolve().is_relative_to(Path.cwd()):
-        return path.resolve().relative_to(Path.cwd()).as_posix()
-    outside = path.is_absolute() or path.parts[:1] == ("~",) or ".." in path.parts
-    return path.name if outside else str(value)
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return out
 
 
 def _read(file: Path) -> str:
