@@ -14,6 +14,7 @@ import pytest
 import torch
 from lives import Lives, log_of
 from PIL import Image
+from test_properties import by_hand
 
 from lora_nb import checkpoint, run_folder
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
@@ -195,3 +196,42 @@ def test_two_processes_stop_together_and_go_on_exactly(config, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert same_end(config, config.replace(output_dir=config.output_dir + "-whole"))
+
+
+SCHEDULES = """
+import itertools, json, sys
+from lora_nb.config import TrainConfig
+from lora_nb.trainer import train
+base = TrainConfig.from_json(open(sys.argv[1]).read())
+for name, warmup, accumulation in itertools.product(("constant", "linear", "cosine"), (0, 2), (1, 3)):
+    config = base.replace(
+        lr_scheduler=name, lr_warmup_steps=warmup, gradient_accumulation_steps=accumulation,
+        output_dir=f"{base.output_dir}-{name}-{warmup}-{accumulation}",
+    )
+    training = train(config)
+    rates = [step.lr["unet"] for step in training]
+    if training.accelerator.is_main_process:
+        print(json.dumps([name, warmup, rates]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_learning_rates_are_the_formula_whatever_processes_and_accumulation(
+    config, tmp_path, processes
+):
+    file, code = tmp_path / "config.json", tmp_path / "schedules.py"
+    file.write_text(config.replace(max_train_steps=5, train_batch_size=1).to_json())
+    code.write_text(SCHEDULES)
+    command = f"-m torch.distributed.run --nproc_per_node {processes} --master_port 29531".split()
+    done = subprocess.run(
+        [sys.executable, *command, str(code), str(file)], capture_output=True, text=True,
+        timeout=500, env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(runs) == 12
+    for name, warmup, rates in runs:
+        expected = [1e-2 * by_hand(name, k, warmup, 5, 1, 1.0) for k in range(5)]
+        assert rates == pytest.approx(expected)
+        assert name == "constant" or by_hand(name, 5, warmup, 5, 1, 1.0) == 0  # what comes next

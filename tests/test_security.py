@@ -174,10 +174,20 @@ def sources() -> dict[str, ast.AST]:
     return found
 
 
+def lists_only(call: ast.Call) -> bool:
+    """Our own upload, told to send nothing."""
+    told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    return ast.unparse(call.func) == "lora_nb.push_to_hub" and told.get("dry_run") == "True"
+
+
 def dangers(tree: ast.AST) -> list[str]:
     """Keywords, calls and names that run code of others or send files away."""
     words = []
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    listing = {id(call.func) for call in calls if lists_only(call)}
     for node in ast.walk(tree):
+        if id(node) in listing:
+            continue
         if isinstance(node, ast.keyword) and node.arg in FORBIDDEN:
             words.append(node.arg)
         elif isinstance(node, ast.keyword) and node.arg == "shell":
@@ -193,7 +203,9 @@ def dangers(tree: ast.AST) -> list[str]:
 def test_nothing_that_ships_runs_foreign_code_or_uploads():
     found = sources()
     assert len(found) > 50
-    assert {name: words for name, tree in found.items() if (words := dangers(tree))} == {}
+    dangerous = {name: set(words) for name, tree in found.items() if (words := dangers(tree))}
+    uploads = {"HfApi", "create_repo", "create_commit"}  # on demand, of a list: tests/test_hub.py
+    assert dangerous == {"lora_nb/hub.py": uploads, "lora_nb/cli.py": {"push_to_hub"}}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +215,8 @@ def test_nothing_that_ships_runs_foreign_code_or_uploads():
         "P(custom_pipeline='x')",
         "torch.load(f)",
         "HfApi().upload_folder('x')",
+        "lora_nb.push_to_hub(run, 'me/ink')",
+        "model.push_to_hub('me/ink', dry_run=True)",
         "exec('1')",
     ],
 )
