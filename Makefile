@@ -1,6 +1,7 @@
 # make course   set everything up in .venv and run the course on the embedded base model
 # make test     set up and run all checks
 # make test-long  the long forms of the checks that have one, and their totals
+# make test-platforms  the course and the package on Colab's kernel, widgets and libraries
 # make lab      open the notebooks in JupyterLab
 # make clean    remove .venv and caches, not runs/
 
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Threads that wait give their core back after some microseconds: with a busy neighbour endless spinning costs 10 times more.
 export GOMP_SPINCOUNT := 3000
 
-.PHONY: course test test-long lab clean
+.PHONY: course test test-long test-platforms lab clean
 
 course: $(READY)
 	$(BIN)/python scripts/course.py
@@ -24,6 +25,10 @@ test: $(READY)
 # Hypothesis draws 200 examples where make test draws 25; a long form prints what it reached.
 test-long: $(READY)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -s -m "long or property"
+
+# Builds Colab's versions in build/platforms beside .venv (once); SHORT=--short leaves the slower tests out.
+test-platforms: $(READY)
+	$(BIN)/python scripts/platforms.py $(SHORT)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

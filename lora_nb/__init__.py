@@ -15,7 +15,9 @@ _PUBLIC = {
     "env": (
         "data_dir",
         "doctor",
+        "gpu_count",
         "headless",
+        "keep",
         "need",
         "pick_device",
         "preset",
@@ -37,6 +39,7 @@ _PUBLIC = {
         "export",
         "fused",
         "generate",
+        "gif",
         "load_pipeline",
         "make_class_pictures",
         "remove_adapter",
@@ -44,15 +47,30 @@ _PUBLIC = {
         "scale_sweep",
         "set_scale",
         "use_adapter",
+        "weight_grid",
         "with_samples",
     ),
+    "forecast": ("preflight",),
+    "launch": ("Launch",),
     "judge": ("load_judge",),
-    "report": ("write_card", "write_report"),
-    "widgets": ("ConfigPanel", "LiveBoard", "ScaleExplorer"),
+    "early_stopping": ("early_stop", "verdict"),
+    "sweep": ("rank_and_rate", "read_sweep", "run_sweep"),
+    "rank_study": ("which_rank",),
+    "report": ("compare", "write_card", "write_report"),
+    "hub": ("push_to_hub",),
+    "widgets": (
+        "ConfigPanel",
+        "LiveBoard",
+        "RankRateMap",
+        "ScaleExplorer",
+        "WeightExplorer",
+        "run_in_background",
+    ),
+    "branching": ("fork", "paired_losses", "paired_probes", "replay"),
     "checks": ("check",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_MODULES = (*_PUBLIC, "adapters", "checkpoint", "metrics", "plots", "rng")
+_MODULES = (*_PUBLIC, "adapters", "checkpoint", "disk_cache", "metrics", "plots", "rng")
 __all__ = sorted(_HOME)
 
 

@@ -86,6 +86,15 @@ class DataSpec:
     max_train_samples: int | None = _setting(None, "use only the first so many pictures")
     resolution: int = _setting(512, "side of the square training picture in pixels")
     center_crop: bool = _setting(False, "crop the centre instead of a random place")
+    random_crops: int | None = _setting(
+        None,
+        "crop in only so many random places, so that latents can be cached; empty draws a new place each time",
+    )
+    bucket_step: int | None = _setting(
+        None,
+        "crop to sides that are multiples of this, of about resolution x resolution pixels in the picture's own "
+        "aspect ratio (64 is usual); empty crops squares",
+    )
     random_flip: bool = _setting(False, "mirror a picture with chance one half")
     image_interpolation_mode: str = _setting("lanczos", f"resampling: {', '.join(INTERPOLATIONS)}")
     caption_dropout: float = _setting(
@@ -145,6 +154,12 @@ class TrainConfig:
     )
     allow_tf32: bool = _setting(False, "TensorFloat-32 matrix products on Ampere and later")
     cache_latents: bool = _setting(True, "encode each picture once; the result is the same")
+    cache_to_disk: bool = _setting(
+        True, "keep latents and text states in the cache folder, for other runs with the same data"
+    )
+    fused_lora: bool = _setting(
+        True, "q, k and v with their adapters in one product; the result is the same to rounding"
+    )
     dataloader_num_workers: int = _setting(
         0, "accepted for compatibility; batches are made in the training process"
     )
@@ -236,7 +251,7 @@ class TrainConfig:
         (), "settings that may differ from the run that is continued"
     )
     report_to: str | None = _setting(
-        None, "tracker through accelerate: tensorboard, wandb, trackio"
+        None, "tracker through accelerate: tensorboard, wandb, trackio, or all that are installed"
     )
     logging_dir: str = _setting("logs", "the tracker's folder inside output_dir")
     output_kohya_format: bool = _setting(
@@ -282,6 +297,17 @@ class TrainConfig:
             _at_least(name, getattr(self, name), low)
         _at_least("resolution", self.data.resolution, 8)
         _at_least("max_train_samples", self.data.max_train_samples, 1)
+        _at_least("random_crops", self.data.random_crops, 1)
+        _at_least("bucket_step", self.data.bucket_step, 8)
+        if self.data.bucket_step and self.data.resolution % self.data.bucket_step:
+            raise ConfigError(
+                f"resolution is {self.data.resolution}; with buckets it must be a multiple of bucket_step "
+                f"({self.data.bucket_step})."
+            )
+        if self.data.bucket_step and self.with_prior_preservation:
+            raise ConfigError(
+                "bucket_step and with_prior_preservation cannot be combined: class pictures are square; leave one out."
+            )
         _between("caption_dropout", self.data.caption_dropout, 0, 1)
         _one_of("lr_scheduler", self.lr_scheduler, SCHEDULES)
         _one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))

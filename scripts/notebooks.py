@@ -39,13 +39,13 @@ def address() -> str:
 
 def setup_cell() -> str:
     """The first code cell of every notebook: import the package or fetch it, then look around."""
-    url = address()
-    folder = url.rsplit("/", 1)[1]
+    # Not into a folder named lora_nb: beside the notebook that would itself be imported, as an empty package. A folder
+    # that an interrupted run has left is no obstacle.
     return f"""\
 try:
     import lora_nb
 except ImportError:  # a fresh Colab or Kaggle: fetch the course, keep what is installed
-    !git clone -q --depth 1 {url} && pip install -q --no-deps -e {folder}
+    !git clone -q --depth 1 {address()} course; pip install -q --no-deps -e course
     import site
 
     site.main()  # this kernel looks again for installed packages

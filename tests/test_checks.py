@@ -25,6 +25,7 @@ def given(family):
         "00.1": {"family": family},
         "01.1": {"family": family},
         "01.2": {"tokenizer": family.tokenizer},
+        "08.1": {"family": family},
     }
 
 
@@ -40,8 +41,25 @@ def right_answers(family):
             return peak * step / warmup
         return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
+    def stretch(rates, peak):
+        n = len(rates)
+        return math.pi * (n - 1) / n / math.acos(2 * rates[-1] / peak - 1)
+
+    def early_stop(differences, patience):
+        best = 0
+        for place, value in enumerate(differences):
+            if value < differences[best]:
+                best = place
+            if place - best >= patience:
+                break
+        return best, place
+
     return {
         "00.1": sum(p.numel() for p in unet.parameters()) / lora,
+        "11.1": lambda major, minor: "bfloat16" if major >= 8 else "float16",
+        "11.2": lambda frozen, trained, per_picture, batch: (
+            2 * frozen + 16 * trained + batch * per_picture
+        ),
         "00.2": lambda steps, batch, accumulation, pictures: (
             steps * batch * accumulation / pictures
         ),
@@ -56,15 +74,47 @@ def right_answers(family):
         "03.3": learning_rate,
         "04.1": lambda w, a, b, alpha, rank: w + alpha / rank * b @ a,
         "04.2": 0.0,
+        "05.1": lambda ranks, behind, errors: min(
+            r for r, b, e in zip(ranks, behind, errors, strict=True) if b <= 2 * e
+        ),
+        "05.2": lambda learning_rate, alpha, new_alpha: learning_rate * alpha / new_alpha,
+        "05.3": early_stop,
         "06.1": lambda errors, weight: (
             errors[: len(errors) // 2].mean() + weight * errors[len(errors) // 2 :].mean()
         ),
         "06.2": lambda before, after: (
             1 - (before * after).sum(1) / (before.norm(dim=1) * after.norm(dim=1))
         ),
+        "07.1": lambda a1, a2: (
+            torch.linalg.svdvals(
+                torch.linalg.svd(a1, full_matrices=False).Vh
+                @ torch.linalg.svd(a2, full_matrices=False).Vh.T
+            )
+            .square()
+            .mean()
+        ),
+        "07.2": lambda b1, s1, b2, s2, weights: torch.hstack(
+            [b1 * s1 * weights[0], b2 * s2 * weights[1]]
+        ),
+        "07.3": lambda a1, b1, a2, b2: -(b1 - b2) @ (a1 - a2) / 4,
+        "08.1": lambda part, layer: (
+            {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part]
+            + layer.removeprefix("text_model.").replace(".", "_")
+        ),
+        "08.2": lambda rank, alpha, rslora: alpha * rank**0.5 if rslora else alpha,
+        "08.3": lambda values, share: (
+            1
+            + sum(
+                sum(v * v for v in values[:n]) < share * sum(v * v for v in values)
+                for n in range(1, len(values))
+            )
+        ),
         "09.1": ["condition", "x0", "target", "call", "condition"],
         "09.2": lambda x_t, velocity, sigma: x_t - sigma * velocity,
         "09.3": lambda network, x_t, t: -network(x_t, (1000 - t) / 1000),
+        "10.1": lambda x: math.ulp(x) * 2.0**45,  # a double has 45 bits more
+        "10.2": stretch,
+        "10.3": lambda rows, n: sum(row in rows[k - k % n : k] for k, row in enumerate(rows)),
     }
 
 
@@ -136,11 +186,25 @@ def test_other_wrong_answers_are_refused(given):
         "03.3": lambda step, peak, warmup, total: peak,
         "04.1": lambda w, a, b, alpha, rank: w + rank / alpha * b @ a,
         "04.2": 0.5,
+        "05.1": lambda ranks, behind, errors: max(ranks),
+        "05.2": lambda learning_rate, alpha, new_alpha: learning_rate / new_alpha,
+        "05.3": lambda differences, patience: (0, patience),
         "06.1": lambda errors, weight: errors.mean() * (1 + weight),
         "06.2": lambda before, after: (before - after).square().mean(1),
+        "07.1": lambda a1, a2: 1.0,
+        "07.2": lambda b1, s1, b2, s2, weights: torch.cat([b1, b2], dim=1),
+        "07.3": lambda a1, b1, a2, b2: b1 @ a2 + b2 @ a1,
+        "08.1": lambda part, layer: layer,
+        "08.2": lambda rank, alpha, rslora: alpha / rank,
+        "08.3": lambda values, share: len(values),
         "09.1": ("call", "call", "call", "call", "call"),
         "09.2": lambda x_t, velocity, sigma: (1 - sigma) * x_t - sigma * velocity,
         "09.3": lambda network, x_t, t: network(x_t, t),
+        "10.1": lambda x: 2.0**-10,
+        "10.2": lambda rates, peak: peak / rates[-1],
+        "10.3": lambda rows, n: len(rows) % n,
+        "11.1": lambda major, minor: "float32",
+        "11.2": lambda frozen, trained, per_picture, batch: batch * per_picture,
     }
     assert wrong.keys() == EXERCISES.keys()
     for name, answer in wrong.items():

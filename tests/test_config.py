@@ -186,10 +186,10 @@ def test_flags_that_do_nothing_say_so_and_flags_that_cannot_be_followed_are_refu
     parser = argparse.ArgumentParser()
     add_flags(parser)
     plain = from_flags(parser.parse_args(["--train_data_dir", "x"]))
-    answered = ["--instance_data_dir", "x", "--push_to_hub", "--local_rank", "-1"]
+    answered = ["--instance_data_dir", "x", "--debug_loss", "--local_rank", "-1"]
     assert from_flags(parser.parse_args(answered)) == plain
     said = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in said] == ["--push_to_hub", "--local_rank"]
+    assert [line.split()[0] for line in said] == ["--debug_loss", "--local_rank"]
     with pytest.raises(ConfigError, match="--use_dora cannot be followed: adapters are plain LoRA"):
         from_flags(parser.parse_args(["--use_dora"]))
     assert from_flags(parser.parse_args(["--optimizer", "AdamW", "--repeats", "1"])) == parse("")

@@ -1,6 +1,8 @@
 """Where we run: platform, device and its reason, folders, presets, doctor, and how quick the import is."""
 
 import dataclasses
+import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,8 @@ def elsewhere(monkeypatch):
         "LORA_NB_HEADLESS",
         "LORA_NB_RUNS",
         "LORA_NB_DATA",
+        "LORA_NB_KEEP",
+        "LORA_NB_SESSION_HOURS",
     ):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
@@ -88,7 +92,7 @@ def test_headless(elsewhere):
     ],
 )
 def test_kernels_for_a_gpu(capability, architectures, runs):
-    assert env._runs_on(capability, architectures) is runs
+    assert env.hardware._runs_on(capability, architectures) is runs
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ def test_folders(elsewhere, tmp_path):
         env.data_dir()
     (tmp_path / "chosen" / "base" / "model_index.json").write_text("{}")
     assert env.data_dir() == tmp_path / "chosen"
-    assert env.runs_dir() == Path(env.__file__).resolve().parents[1] / "runs"
+    assert env.runs_dir() == Path(env.__file__).resolve().parents[2] / "runs"
     elsewhere.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert env.runs_dir() == Path("/kaggle/working/runs")
     elsewhere.setenv("LORA_NB_RUNS", str(tmp_path))
@@ -147,14 +151,14 @@ def test_auto_without_a_gpu_is_the_embedded_base(monkeypatch):
 )
 def test_auto_with_a_gpu(gpu, monkeypatch, gigabytes, reachable, name, words):
     gpu("Tesla T4", T4, gigabytes)
-    monkeypatch.setattr(env, "_reachable", lambda model: reachable)
+    monkeypatch.setattr(env.presets, "_reachable", lambda model: reachable)
     chosen = env.preset()
     assert chosen.name == name
     assert words in chosen.reason
 
 
 def test_offline_nothing_is_reachable():
-    assert not env._reachable("nobody/nothing")
+    assert not env.presets._reachable("nobody/nothing")
 
 
 def test_preset_becomes_a_config():
@@ -169,6 +173,8 @@ def test_preset_becomes_a_config():
     assert config.lora["unet"].learning_rate is None
     assert config.output_dir == str(env.run_dir("mine"))
     assert Path(config.data.train_data_dir, "train").is_dir()
+    other = chosen.config("mine", dataset_name="somebody/pictures")
+    assert (other.data.train_data_dir, other.data.dataset_name) == (None, "somebody/pictures")
 
 
 def test_preset_refuses_what_it_does_not_know():
@@ -223,9 +229,9 @@ def test_setup_prints_what_it_returns(capsys):
 
 @pytest.mark.parametrize(("version", "ok"), [("0.10.0", False), ("0.16.0", True)])
 def test_old_torchao_is_reported(monkeypatch, version, ok):
-    real = env.importlib.metadata.version
+    real = importlib.metadata.version
     monkeypatch.setattr(
-        env.importlib.metadata, "version", lambda name: version if name == "torchao" else real(name)
+        importlib.metadata, "version", lambda name: version if name == "torchao" else real(name)
     )
     check = next(check for check in env.doctor() if check.name == "torchao")
     assert check.ok is ok
@@ -233,17 +239,17 @@ def test_old_torchao_is_reported(monkeypatch, version, ok):
 
 
 def test_versions_outside_the_window_are_reported():
-    assert env._version("numpy", "1.0", "99.0").ok
-    assert "newer than tested" in env._version("numpy", "1.0", "1.26").found
-    assert env._version("numpy", "99.0", "99.1").fix == 'pip install "numpy>=99.0"'
-    assert env._version("no-such-package", "1.0", "2.0").found == "not installed"
+    assert env.checkup._version("numpy", "1.0", "99.0").ok
+    assert "newer than tested" in env.checkup._version("numpy", "1.0", "1.26").found
+    assert env.checkup._version("numpy", "99.0", "99.1").fix == 'pip install "numpy>=99.0"'
+    assert env.checkup._version("no-such-package", "1.0", "2.0").found == "not installed"
 
 
 def test_import_is_quick_and_light():
     heavy = "torch diffusers transformers datasets matplotlib ipywidgets"
     code = (
-        "import sys, time; start = time.perf_counter(); import lora_nb, lora_nb.env; "
-        "print(time.perf_counter() - start); "
+        "import sys, time; start = time.process_time(); import lora_nb, lora_nb.env; "
+        "print(time.process_time() - start); "
         f"print([name for name in '{heavy}'.split() if name in sys.modules])"
     )
     runs = [
@@ -270,11 +276,88 @@ def test_unknown_names_are_refused():
 def test_show_source(capsys):
     lora_nb.show_source(env.run_dir)
     lines = capsys.readouterr().out.splitlines()
-    number = int(lines[0].removeprefix("# lora_nb/env.py, line "))
+    number = int(lines[0].removeprefix("# lora_nb/env/folders.py, line "))
     assert (
-        Path(env.__file__).read_text().splitlines()[number - 1]
+        Path(env.folders.__file__).read_text().splitlines()[number - 1]
         == lines[1]
         == "def run_dir(name: str) -> Path:"
     )
     lora_nb.show_source(dataclasses.dataclass(env.Preset))
     assert "class Preset" in capsys.readouterr().out
+
+
+# Colab and Kaggle
+
+
+@pytest.fixture
+def secrets(elsewhere):
+    """Kaggle's secret store with one secret, as its module gives it."""
+    import types
+
+    class UserSecretsClient:
+        def get_secret(self, label):
+            return {"HF_TOKEN": "hf_" + 30 * "x"}[label]
+
+    store = types.ModuleType("kaggle_secrets")
+    store.UserSecretsClient = UserSecretsClient
+    elsewhere.setitem(sys.modules, "kaggle_secrets", store)
+    elsewhere.delenv("HF_TOKEN", raising=False)
+    return store
+
+
+def test_kaggles_token_is_handed_over_and_never_shown(secrets, elsewhere, capsys):
+    elsewhere.setenv("HF_TOKEN", "")  # so that it is put back afterwards
+    elsewhere.delenv("HF_TOKEN")
+    elsewhere.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    found = lora_nb.setup()
+    assert os.environ["HF_TOKEN"].startswith("hf_")
+    shown = capsys.readouterr()
+    assert "hf_" not in shown.out + shown.err + found.table() + repr(found)
+    assert "headless" in found.table()
+
+
+def test_a_missing_secret_is_no_matter(secrets, elsewhere):
+    elsewhere.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    elsewhere.setattr(secrets.UserSecretsClient, "get_secret", lambda self, label: {}[label])
+    env.platforms.hand_over_token()
+    assert "HF_TOKEN" not in os.environ
+
+
+def test_colab_trains_on_its_own_disk_and_keeps_copies_in_drive(elsewhere, tmp_path):
+    elsewhere.setenv("COLAB_RELEASE_TAG", "release-colab-2026.08")
+    elsewhere.setattr(env.folders, "_DRIVE", tmp_path / "MyDrive")
+    assert env.runs_dir() == Path("/content/runs")
+    assert env.keep_dir() is None
+    words = env.checkup.Setup("colab", False, *[None] * 3, env.runs_dir(), [])._runs()
+    assert "mount Drive" in words
+    (tmp_path / "MyDrive").mkdir()
+    assert env.keep_dir() == tmp_path / "MyDrive" / "lora_nb" / "runs"
+    words = env.checkup.Setup("colab", False, *[None] * 3, env.runs_dir(), [])._runs()
+    assert "copied to" in words
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "fits"), [(15, "tiny, sd15, sdxl"), (8, "tiny, sd15"), (4, "tiny")]
+)
+def test_doctor_says_what_should_fit(gpu, monkeypatch, gigabytes, fits):
+    gpu("Tesla T4", T4, gigabytes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    memory = next(check for check in env.doctor() if check.name == "memory")
+    assert memory.found.endswith(f"2 GPUs of {gigabytes}.0 GB, where by prediction fits: {fits}")
+
+
+def test_hosted_fixes_leave_torch_and_kernel_alone(elsewhere):
+    elsewhere.setenv("COLAB_RELEASE_TAG", "release-colab-2026.08")
+    assert env.checkup._version("numpy", "99.0", "99.1").fix == (
+        'pip install --no-deps "numpy>=99.0"'
+    )
+
+
+def test_a_package_replaced_under_the_running_kernel_wants_a_restart(elsewhere):
+    import peft
+
+    elsewhere.setattr(peft, "__version__", "0.1.0")
+    check = next(check for check in env.doctor() if check.name == "peft")
+    assert not check.ok
+    assert "0.1.0 in memory" in check.found
+    assert "restart" in check.fix

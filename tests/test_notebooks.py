@@ -16,7 +16,15 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 REPO = Path(__file__).resolve().parents[1]
 CORE = ("00_setup", "01_dataset", "02_lora_config", "03_training", "04_inference")
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
-CHAPTERS = ("06_dreambooth", "09_families")
+CHAPTERS = (
+    "05_rank_and_learning_rate",
+    "06_dreambooth",
+    "07_combining",
+    "08_formats_and_sharing",
+    "09_families",
+    "10_bug_museum",
+    "11_on_a_gpu",
+)
 # A notebook whose inputs are missing, and the one that writes them; every other one opens and runs on its own.
 NEEDS = {"03_training": "02_lora_config", "04_inference": "03_training"}
 # A chapter beyond the core that needs no other notebook's files has nothing to show here; it runs alone.
@@ -257,6 +265,19 @@ def test_setup_cell_finds_a_fresh_install_in_the_same_kernel(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "here\n", done.stderr
+
+
+def test_what_widgets_and_runs_leave_in_a_notebook_is_taken_out():
+    notebook = good()
+    clean = nbformat.writes(notebook)
+    notebook.metadata.widgets = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    notebook.metadata.colab = {"provenance": []}
+    cell = code(notebook)[-1]
+    cell.metadata["execution"] = {"iopub.status.busy": "2026-11-23T00:00:00Z"}
+    cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="hf_token")], 3
+    spoilt = nbformat.writes(notebook)
+    assert "widget-state" in spoilt
+    assert tool.tidy(spoilt, "00_x.ipynb").strip() == clean.strip()
 
 
 def test_badges_lead_to_the_notebook():

@@ -1,7 +1,9 @@
 """The project's own files agree with each other: dependencies, lock, Makefile, licences, addresses, sizes."""
 
 import ast
+import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,8 +79,7 @@ def test_the_tests_run_on_the_locked_versions():
     lock = pins("cpu-lock.txt")
     for name in env.VERSIONS:
         assert (
-            Version(env.importlib.metadata.version(name).split("+")[0])
-            == lock[canonicalize_name(name)]
+            Version(importlib.metadata.version(name).split("+")[0]) == lock[canonicalize_name(name)]
         )
 
 
@@ -173,7 +174,7 @@ def test_makefile_sets_up_once(tmp_path):
     ready.touch()
     assert "pip install" not in plan()
     later = ready.stat().st_mtime + 10
-    env.os.utime(lock, (later, later))
+    os.utime(lock, (later, later))
     assert "pip install" in plan()
 
 
@@ -202,6 +203,21 @@ def test_links_of_documents_lead_somewhere(path):
         elif "/blob/main/" in target:
             assert URL.removeprefix("https://github.com/") in target
             assert (REPO / target.split("/blob/main/")[1]).exists(), target
+
+
+# Tokens of the Hub, GitHub, Weights & Biases, Google, AWS and OpenAI-like services, and private keys.
+SECRET = re.compile(
+    rb"\b(hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36}|wandb_v1_\w{20,}|AIza[\w-]{35}|AKIA[A-Z0-9]{16}"
+    rb"|sk-[A-Za-z0-9_-]{32,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+
+
+def test_no_secret_is_in_git():
+    assert SECRET.search(b"'hf_" + b"aB3" * 12 + b"'")
+    assert SECRET.search(b"-----BEGIN RSA " + b"PRIVATE KEY-----")
+    for path in tracked():
+        if path.suffix != ".safetensors":
+            assert not SECRET.search(path.read_bytes()), path
 
 
 def test_no_file_is_over_20_mb():

@@ -5,7 +5,20 @@ not see. It also knows the usual mistakes, so that a wrong answer is told why. N
 """
 
 # Each registers its exercises.
-from lora_nb.checks import dataset, dreambooth, lora, model_families, sampling, setup, training  # noqa: F401
+from lora_nb.checks import (  # noqa: F401
+    bug_museum,
+    combining,
+    dataset,
+    dreambooth,
+    formats_and_sharing,
+    lora,
+    model_families,
+    on_a_gpu,
+    rank_and_rate,
+    sampling,
+    setup,
+    training,
+)
 from lora_nb.checks.checking import EXERCISES, Exercise, Task, WrongAnswer, check
 
 __all__ = ["EXERCISES", "Exercise", "Task", "WrongAnswer", "check"]

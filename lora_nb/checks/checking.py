@@ -47,7 +47,9 @@ def check(name: str, answer: Any, strict: bool = False, **given: Any) -> bool:
     given: what the exercise is about where it needs that, such as family=family. strict: raise WrongAnswer instead.
     """
     if name not in EXERCISES:
-        raise WrongAnswer(f"There is no exercise {name!r}; there are {', '.join(sorted(EXERCISES))}.")
+        raise WrongAnswer(
+            f"There is no exercise {name!r}; there are {', '.join(sorted(EXERCISES))}."
+        )
     exercise = EXERCISES[name]
     with torch.random.fork_rng(devices=[]):  # references may draw, the notebook's stream stays
         complaint = _complaint(exercise, exercise.task(**given), answer)
@@ -98,6 +100,8 @@ def _why(task: Task, answer: Any, count: int) -> str:
 
 def _same(got: Any, expected: Any, tolerance: float) -> bool:
     """Equal shape and value; tuples, lists and torch.Size are one kind, and so are all numbers."""
+    if isinstance(expected, str):
+        return isinstance(got, str) and got == expected
     if isinstance(expected, tuple):
         return isinstance(got, (tuple, list)) and tuple(got) == expected
     try:
