@@ -132,7 +132,9 @@ class Cache:
                 f"The VAE turns {self.pictures.rows[row].name} into numbers that are not finite; "
                 "take the picture out, or use a VAE that is safe in this precision."
             )
-        return mean, std, self.family.picture_states(picture[None])
+        states = {k: v.contiguous() for k, v in self.family.picture_states(picture[None]).items()}
+        # As they come back from the disk: kernels round differently on another layout in memory.
+        return mean.contiguous(), std.contiguous(), states
 
     @torch.no_grad()
     def _caption(self, caption: str) -> Tensors:
@@ -141,7 +143,7 @@ class Cache:
         states = None if self.disk is None else self.disk.get("caption", caption)
         if states is None:
             found = self.family.text_states([caption])
-            states = {name: value.cpu() for name, value in found.items()}
+            states = {name: value.cpu().contiguous() for name, value in found.items()}
             if self.disk is not None:
                 self.disk.put(states, "caption", caption)
         if self._room_for(states):

@@ -126,7 +126,9 @@ if sys.argv[2] == "terminated":
 """
 
 
-@pytest.mark.parametrize(("ending", "code"), [("restarted", 0), ("terminated", -15)])
+@pytest.mark.parametrize(
+    ("ending", "code"), [pytest.param("restarted", 0, marks=pytest.mark.long), ("terminated", -15)]
+)
 def test_a_kernel_that_ends_leaves_a_checkpoint(config, tmp_path, ending, code):
     file = tmp_path / "config.json"
     file.write_text(config.replace(max_train_steps=10_000).to_json())

@@ -459,7 +459,7 @@ def test_modes_random_state_and_adapters_are_left_as_they_were(config):
     next(iter(training))
     training.family.unet.train()
     before, state = weights(training.family.pipeline()), torch.get_rng_state()
-    watching._draw(training, "step-000001", 1)
+    watching.draw_samples(training, "step-000001", 1)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in training.family.unet.modules())
     assert not any(module.training for module in training.family.text_encoder.modules())

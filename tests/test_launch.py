@@ -20,7 +20,7 @@ for step in Launch(read_config(sys.argv[1]), 2):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_outlive_the_notebook_stop_and_go_on(config, tmp_path):
     """The losses are those of one process with batches twice as large."""
     steps = 2000

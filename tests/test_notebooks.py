@@ -29,6 +29,14 @@ CHAPTERS = (
 NEEDS = {"03_training": "02_lora_config", "04_inference": "03_training"}
 # A chapter beyond the core that needs no other notebook's files has nothing to show here; it runs alone.
 IN_ORDER = [path for path in NOTEBOOKS if path.stem in (*CORE, *NEEDS)]
+# Parameters with which make test runs the chapters that take minutes; make test-long runs them as they stand.
+SHORT = {
+    "05_rank_and_learning_rate": {"STEPS": 6, "RANKS": [1, 16], "FACTORS": [1, 4]},
+    "06_dreambooth": {"STEPS": 10},
+    "07_combining": {"STEPS": 20},
+    "08_formats_and_sharing": {"STEPS": 20},
+    "11_on_a_gpu": {"STEPS": 4},
+}
 # What ran in order without needing anything before it need not be run again.
 ALONE = [path for path in NOTEBOOKS if path.stem in NEEDS or path not in IN_ORDER]
 
@@ -432,7 +440,7 @@ def test_runs_in_order(path, workspace):
 @pytest.mark.parametrize("path", ALONE, ids=[path.stem for path in ALONE])
 def test_runs_alone(path, tmp_path):
     """With no runs there: it works, or it ends in one sentence that names the notebook to run first."""
-    done = nbmake(path, tmp_path)
+    done = nbmake(with_parameters(path, SHORT.get(path.stem, {}), tmp_path), tmp_path / "runs")
     if path.stem not in NEEDS:
         assert done.returncode == 0, done.stdout[-5000:]
         return
@@ -442,3 +450,28 @@ def test_runs_alone(path, tmp_path):
     assert re.search(rf"ConfigError: There is no \S+ yet: {re.escape(sentence)}", printed), printed[
         -5000:
     ]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SHORT)
+def test_runs_alone_in_full(name, tmp_path):
+    """The chapters that make test shortens, as a learner runs them."""
+    done = nbmake(REPO / "notebooks" / f"{name}.ipynb", tmp_path)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def with_parameters(path: Path, values: dict[str, object], folder: Path) -> Path:
+    """A copy of the notebook with other literals in its parameters cell; the notebook itself if there are none."""
+    if not values:
+        return path
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = tagged(notebook, "parameters")
+    for name, value in values.items():
+        cell.source, count = re.subn(
+            rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.M
+        )
+        assert count == 1, f"{path.name} has no parameter {name}"
+    copy = folder / path.name
+    nbformat.write(notebook, copy)
+    return copy

@@ -84,7 +84,13 @@ def test_the_tests_run_on_the_locked_versions():
 
 
 def test_imports_of_the_package_are_declared():
-    standard = sys.stdlib_module_names | {"lora_nb", "google", "kaggle_secrets", "bitsandbytes"}
+    standard = sys.stdlib_module_names | {
+        "lora_nb",
+        "google",
+        "kaggle_secrets",
+        "bitsandbytes",
+        "trackio",
+    }
     named = {"PIL": "pillow"}
     through = {"tokenizers": "transformers", "httpx": "huggingface-hub", "IPython": "ipywidgets"}
     wanted = requirements()

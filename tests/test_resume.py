@@ -215,8 +215,8 @@ for name, warmup, accumulation in itertools.product(("constant", "linear", "cosi
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_learning_rates_are_the_formula_whatever_processes_and_accumulation(
     config, tmp_path, processes
 ):

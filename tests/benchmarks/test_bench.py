@@ -64,6 +64,7 @@ def test_the_recorded_draws_are_of_every_step(small, parity):
     assert all("lora_" in key for key in draws.weights)
 
 
+@pytest.mark.long
 def test_other_work_is_refused_before_any_speed(small, parity, monkeypatch):
     unlike = parts.Bench(small.folder, None, rounds=1, steps=3, parity_steps=6, pictures=8, side=16)
     monkeypatch.setitem(parts.GATES, "no", -1.0)
@@ -74,7 +75,14 @@ def test_other_work_is_refused_before_any_speed(small, parity, monkeypatch):
 ABOUT = {"machine": "here"}
 
 
-@pytest.mark.parametrize("part", ["training", "switches", "whole", "validation", "forecast"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "training",
+        "validation",
+        *(pytest.param(part, marks=pytest.mark.long) for part in ("switches", "whole", "forecast")),
+    ],
+)
 def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part):
     found = json.loads(json.dumps(parts.PARTS[part](small)))
     text = tables.page({part: found | {"conditions": {"on": "x"}}}, ABOUT, "bench", None)
@@ -133,6 +141,7 @@ def test_the_small_shape_is_the_one_that_was_measured_before(tmp_path):
     assert counts == [pytest.approx(17.84, abs=0.01), pytest.approx(3.88, abs=0.01)]
 
 
+@pytest.mark.long
 def test_the_gpu_tables_are_made_of_the_same_code_on_a_cpu(tmp_path):
     case = gpu.Case("small", 2, "bf16")
     rows = gpu.rows_of(case, tmp_path, torch.device("cpu"), peak=0.1, steps=1)

@@ -109,6 +109,7 @@ def plain_loop(model, batch, width):
         yield loss.item()
 
 
+@pytest.mark.long
 def test_records_checks_and_history_cost_little_beside_the_step(config):
     """Ours, with checks and a line in history.jsonl, against the least loop; CPU time, one step of each in turn."""
     # The bound is wide: the arithmetic of this base model is a tenth of that of a real one.

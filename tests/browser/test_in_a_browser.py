@@ -141,6 +141,7 @@ def test_rank_slider_moves_by_keyboard_mouse_and_readout(panel):
 
     def told() -> tuple[int, float]:
         lab.run(2)
+        lab.until(lambda: len(lab.text(2).split()) == 2, "the cell's output to be drawn")
         rank, alpha = lab.text(2).split()
         return int(rank), float(alpha)
 
