@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Threads that wait give their core back after some microseconds: with a busy neighbour endless spinning costs 10 times more.
 export GOMP_SPINCOUNT := 3000
 
-.PHONY: course test test-long test-platforms lab clean
+.PHONY: course test test-package test-notebooks test-long test-platforms lab clean
 
 course: $(READY)
 	$(BIN)/python scripts/course.py
@@ -20,7 +20,14 @@ course: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks
+
+# Two halves beside each other, a thread each: most of the package's tests keep one core busy and wait for files.
+test-package:
+	$(BIN)/python -m pytest --ignore tests/test_notebooks.py --ignore tests/browser
+
+test-notebooks:
+	$(BIN)/python -m pytest tests/test_notebooks.py tests/browser
 
 # Hypothesis draws 200 examples where make test draws 25; a long form prints what it reached.
 test-long: $(READY)

@@ -183,7 +183,7 @@ CELLS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_in_a_notebook_the_cell_ends_at_once_and_its_board_moves_on(config, monkeypatch):
     for name in ("CI", "KAGGLE_KERNEL_RUN_TYPE"):
         monkeypatch.delenv(name, raising=False)

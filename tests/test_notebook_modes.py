@@ -172,7 +172,7 @@ def test_every_notebook_in_four_ways(name, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_notebook_killed_in_its_longest_cell_leaves_the_same(tmp_path):
     """The short form; a training that is stopped and killed in a notebook is in test_faults."""
