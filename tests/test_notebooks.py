@@ -31,7 +31,7 @@ NEEDS = {"03_training": "02_lora_config", "04_inference": "03_training"}
 IN_ORDER = [path for path in NOTEBOOKS if path.stem in (*CORE, *NEEDS)]
 # Parameters with which make test runs the chapters that take minutes; make test-long runs them as they stand.
 SHORT = {
-    "05_rank_and_learning_rate": {"STEPS": 6, "RANKS": [1, 16], "FACTORS": [1, 4]},
+    "05_rank_and_learning_rate": {"STEPS": 6, "RANKS": [4, 16], "FACTORS": [0.25, 1, 4]},
     "06_dreambooth": {"STEPS": 10},
     "07_combining": {"STEPS": 20},
     "08_formats_and_sharing": {"STEPS": 20},
