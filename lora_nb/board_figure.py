@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_nb import plots
 from lora_nb.plots import FAINT, INK, MUTED, SERIES, Axes, Picture, Plot
+from lora_nb.run_folder import by_step
 
 WIDTH = 9.4  # inches
 BRANCHINGS = {"resume": "resumed", "fork": "forked"}
@@ -24,8 +25,7 @@ def board_figure(
     events: lines of history.jsonl. samples: by label ("base", "step 100") pictures in prompt order. best: the step
     whose probe is marked as the best. prompts: one per row of pictures, written beside it.
     """
-    steps = _by_step(events, "step")
-    probes = _by_step(events, "probe")
+    steps, probes = (list(by_step(events, kind).values()) for kind in ("step", "probe"))
     last = max((line["step"] for line in [*steps, *probes]), default=1)
     strip = plots._strip(samples or {})
     rows = max((len(column) for column in strip.values()), default=0)
@@ -50,12 +50,6 @@ def board_figure(
                 figure.box(left, below - 0.2 - 0.98 * row - 0.92, 0.98, 0.92), picture
             )
     return figure
-
-
-def _by_step(events: Sequence[Mapping], kind: str) -> list[Mapping]:
-    """The lines of one kind in order; a step that was done again counts once, the later line."""
-    lines = {line["step"]: line for line in events if line["event"] == kind}
-    return [lines[step] for step in sorted(lines)]
 
 
 def _colours(steps: Sequence[Mapping]) -> dict[str, str]:

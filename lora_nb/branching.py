@@ -18,7 +18,7 @@ from lora_nb.config import LoraSpec, TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError
 from lora_nb.families import Family
 from lora_nb.files import write_atomically
-from lora_nb.probe import Draw, Paired, difference, paired
+from lora_nb.probe import Paired, difference, paired
 from lora_nb.trainer import Step, Training, train
 
 BEGINNINGS = ("start", "resume", "fork")
@@ -93,10 +93,7 @@ def paired_losses(a: str | Path, b: str | Path) -> dict[int, Paired]:
 
     Below zero b is better. Both must have the same seed, pictures and batch, or nothing pairs; raises CheckpointError.
     """
-    runs = [
-        {e["step"]: e for e in run_folder.read_history(folder) if e["event"] == "step"}
-        for folder in (a, b)
-    ]
+    runs = [run_folder.by_step(run_folder.read_history(folder), "step") for folder in (a, b)]
     common = sorted(runs[0].keys() & runs[1].keys())
     if not common or any(runs[0][s]["timesteps"] != runs[1][s]["timesteps"] for s in common):
         raise CheckpointError(
@@ -114,15 +111,11 @@ def paired_probes(a: str | Path, b: str | Path) -> dict[int, Paired]:
 
     Raises ConfigError if the probes are of other pictures or another base.
     """
-    runs: list[dict[int, list[Draw]]] = [
-        {
-            e["step"]: e["by_timestep"]
-            for e in run_folder.read_history(folder)
-            if e["event"] == "probe"
-        }
-        for folder in (a, b)
-    ]
-    return {s: paired(runs[0][s], runs[1][s]) for s in sorted(runs[0].keys() & runs[1].keys())}
+    runs = [run_folder.by_step(run_folder.read_history(folder), "probe") for folder in (a, b)]
+    return {
+        s: paired(*(run[s]["by_timestep"] for run in runs))
+        for s in sorted(runs[0].keys() & runs[1].keys())
+    }
 
 
 def _checkpoint(folder: Path, step: int | None) -> checkpoint.Checkpoint:

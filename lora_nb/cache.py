@@ -113,7 +113,7 @@ class Cache:
         if self.disk is None:
             encoded = self._encode(row, position)
         else:
-            key = (self.pictures.sha256(row), *data.transform_setting(self.spec, shape), *look)
+            key = self._key(row, look)
             stored = self.disk.get("picture", *key)
             if stored is None:
                 encoded = self._encode(row, position)
@@ -123,6 +123,21 @@ class Cache:
         if self._room_for(_packed(encoded)):
             self._encoded[row, look] = encoded
         return encoded
+
+    def on_disk(self, position: int) -> tuple[bool, bool]:
+        """Whether the picture and the caption of a sample are encoded on disk already."""
+        if self.disk is None:
+            return False, False
+        row = self.row_at(position)
+        shape = self.pictures.rows[row]
+        key = self._key(row, data.transform_key(self.spec, shape, position, self.seed))
+        found = self.disk.get("picture", *key), self.disk.get("caption", shape.captions[0])
+        return found[0] is not None, found[1] is not None
+
+    def _key(self, row: int, look: data.Key) -> tuple[Hashable, ...]:
+        """What names a picture on disk: its bytes, and all that is done to them."""
+        setting = data.transform_setting(self.spec, self.pictures.rows[row])
+        return (self.pictures.sha256(row), *setting, *look)
 
     def _encode(self, row: int, position: int) -> Encoded:
         picture = data.pixels(self.pictures.image(row), self.spec, position, self.seed)

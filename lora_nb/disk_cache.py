@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_nb import env
-from lora_nb.families import Family
+from lora_nb.families import Family, network
 from lora_nb.files import free_megabytes, temporary_beside
 
 ROOM = 2_000  # MB that are left free on the disk: nothing more is written then
@@ -102,9 +102,9 @@ def _mark(family: Family) -> str:
 
     Of each weight evenly spaced values are read, so that it costs little; adapters and the network do not enter.
     """
-    network = family.trainable[next(iter(family.targets))]
-    own = {name: value for name, value in vars(family).items() if value is not network}
-    own |= {part: module for part, module in family.trainable.items() if module is not network}
+    apart = network(family)
+    own = {name: value for name, value in vars(family).items() if value is not apart}
+    own |= {part: module for part, module in family.trainable.items() if module is not apart}
     digest = hashlib.sha256(json.dumps([LIBRARIES, family.name, _machine(family)]).encode())
     for name in sorted(own):
         digest.update(f"{name} {_settings(own[name])}".encode())

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_nb import formats
 from lora_nb.probe import Paired, paired
-from lora_nb.run_folder import read_history
+from lora_nb.run_folder import by_step, read_history
 
 BEST = "best"  # folder of the best adapter inside a run's
 
@@ -46,8 +46,7 @@ class Verdict:
 
 def verdict(history: Sequence[dict[str, Any]]) -> Verdict | None:
     """Best probe and what has become of it, from the lines of history.jsonl; None before the first probe."""
-    # A step that was done again after a stop counts once.
-    probes = list({line["step"]: line for line in history if line["event"] == "probe"}.values())
+    probes = list(by_step(history, "probe").values())
     if not probes:
         return None
     place = min(range(len(probes)), key=lambda i: probes[i]["difference"])

@@ -5,7 +5,6 @@ forgotten. Nothing here computes a result; what is drawn comes from the caller o
 """
 
 import io
-import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from lora_nb.health import block_of
 from lora_nb.metrics import smooth
 
 # Okabe & Ito's palette, told apart by colour-blind readers. Grey is always the base model.
@@ -313,7 +313,7 @@ def parameter_bars(counts: Iterable, title: str = "Trainable parameters by block
     """
     blocks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for count in counts:
-        blocks[_block(count.name)][_layer(count.name)] += count.parameters
+        blocks[block_of(count.name)][_layer(count.name)] += count.parameters
     kinds = list(dict.fromkeys(kind for block in blocks.values() for kind in block))
     names = sorted(blocks, key=_after_the_middle)
     figure = Plot(7.4, 0.95 + 0.24 * len(names))
@@ -342,7 +342,7 @@ def strength_bars(strength: Iterable[tuple[str, str, float, float]]) -> Figure:
     """
     sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))
     for part, name, change, weight in strength:
-        sums[part, _block(name)] += (change**2, weight**2)
+        sums[part, block_of(name)] += (change**2, weight**2)
     parts = list(dict.fromkeys(part for part, _ in sums))
     rows = sorted(sums, key=lambda row: (parts.index(row[0]), _after_the_middle(row[1])))
     labels = [f"{part} {block}" for part, block in rows]
@@ -565,11 +565,6 @@ def _wrap(label: str, size: float, lines: int = 3) -> str:
     width = max(6, int(size / 0.064))
     wrapped = [part for line in label.split("\n") for part in textwrap.wrap(line, width) or [""]]
     return "\n".join(wrapped[:lines]) + (" ..." if len(wrapped) > lines else "")
-
-
-def _block(name: str) -> str:
-    """A module name up to its first number: "mid.attentions.0.to_q" -> "mid.attentions.0"."""
-    return re.match(r"(?:[^.\d]\w*\.)*\d+|[^.]+", name).group()
 
 
 def _after_the_middle(block: str) -> bool:

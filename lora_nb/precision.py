@@ -1,13 +1,21 @@
-"""Whether a device can train in the precision that was asked for, by config, environment or launcher."""
+"""What a precision means, and whether a device can train in the one that was asked for."""
 
 import warnings
+
+import torch
 
 from lora_nb.env import Device
 from lora_nb.errors import ConfigError
 
+# What the frozen weights are kept in, by mixed_precision.
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def check(asked: str, device: Device) -> None:
-    """asked: "no", "fp16" or "bf16". Warns where it is slow; raises ConfigError where it cannot work."""
+    """Warn where a precision is slow on this device; raise ConfigError where it cannot work.
+
+    asked: "no", "fp16" or "bf16", by config, environment or launcher.
+    """
     if asked == "fp16" and device.name == "cpu":
         raise ConfigError(
             "mixed_precision is 'fp16', but there is no GPU here; use 'no', or 'bf16'."

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lora_nb import adapters
-from lora_nb.families import Family
+from lora_nb.families import Family, network
 
 
 class Projection(torch.autograd.Function):
@@ -158,7 +158,7 @@ def group(family: Family) -> int:
 
     Layers with dropout, several adapters or another kind of attention compute as before.
     """
-    found = [m for m in _network(family).modules() if isinstance(m, Attention) and _plain(m)]
+    found = [m for m in network(family).modules() if isinstance(m, Attention) and _plain(m)]
     for attn in found:
         if not isinstance(attn.processor, GroupedAttention):
             attn.set_processor(GroupedAttention())
@@ -167,13 +167,9 @@ def group(family: Family) -> int:
 
 def ungroup(family: Family) -> None:
     """Give the attention layers the library's own processor back."""
-    for attn in _network(family).modules():
+    for attn in network(family).modules():
         if isinstance(attn, Attention) and isinstance(attn.processor, GroupedAttention):
             attn.set_processor(AttnProcessor2_0())
-
-
-def _network(family: Family) -> nn.Module:
-    return family.trainable[next(iter(family.targets))]
 
 
 def _plain(attn: Attention) -> bool:

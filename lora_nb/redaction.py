@@ -50,6 +50,11 @@ def public(value: Any) -> str:
     return path.name if outside else str(value)
 
 
+def shown(value: Any) -> Any:
+    """A setting as it may be shown: what may be a path by `public`, everything else as it is."""
+    return public(value) if isinstance(value, str) and "/" in value else value
+
+
 def kinds(text: str) -> list[str]:
     """The kinds of secrets in a text, by name."""
     return [kind for kind, pattern in KINDS.items() if pattern.search(text)]

@@ -5,12 +5,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_nb import checkpoint
-from lora_nb.config import TrainConfig
+from lora_nb.config import TrainConfig, flat
 from lora_nb.errors import CheckpointError
 from lora_nb.files import free_megabytes, write_atomically
 
@@ -91,6 +91,12 @@ def append(folder: Path, event: dict[str, Any]) -> None:
         ) from error
 
 
+def by_step(events: Sequence[Mapping[str, Any]], kind: str) -> dict[int, Mapping[str, Any]]:
+    """The events of one kind by step, in order of steps; a step that was done again counts once, as the later one."""
+    found = {event["step"]: event for event in events if event["event"] == kind}
+    return {step: found[step] for step in sorted(found)}
+
+
 def changes(events: list[dict[str, Any]]) -> dict[int, float]:
     """What was changed in mid-run: by step, the factor of the learning rate from the next step on."""
     return {e["step"]: e["learning_rate_factor"] for e in events if e["event"] == "change"}
@@ -108,7 +114,7 @@ def rewind(folder: Path, step: int, kept: Container[int] = ()) -> None:
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings, by dotted name, that change what is learned and differ between two configs."""
-    a, b = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    a, b = (_with_tuples(flat(dataclasses.asdict(config))) for config in (old, new))
     return {
         name: (a.get(name), b.get(name))
         for name in sorted(a.keys() | b.keys())
@@ -116,14 +122,8 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     }
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = tuple(value) if isinstance(value, list) else value
-    return out
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def prepare(config: TrainConfig) -> tuple[TrainConfig, checkpoint.Checkpoint | None]:

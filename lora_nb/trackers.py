@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
-from lora_nb.config import TrainConfig
+from lora_nb.config import TrainConfig, flat
 from lora_nb.errors import ConfigError
-from lora_nb.redaction import public, redacted
+from lora_nb.redaction import redacted, shown
 
 KNOWN = ("tensorboard", "wandb", "trackio")
 PROJECT = "lora_nb"
@@ -84,15 +84,7 @@ def start(accelerator: Accelerator, config: TrainConfig) -> None:
 
 def settings(config: TrainConfig) -> dict[str, Any]:
     """The config as flat names with plain values, without folders and secrets."""
-    return {name: _plain(value) for name, value in _flat(config.to_dict(), "").items()}
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict)
-        out |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return out
+    return {name: _plain(value) for name, value in flat(config.to_dict()).items()}
 
 
 def _plain(value: Any) -> Any:
@@ -100,7 +92,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, list):
         return redacted(", ".join(map(str, value)))
-    return "default" if value is None else redacted(public(value) if "/" in value else value)
+    return "default" if value is None else redacted(shown(value))
 
 
 def log_step(accelerator: Accelerator, step: Any) -> None:

@@ -51,10 +51,8 @@ from lora_nb.loss import Loss, diffusion_loss
 from lora_nb.probe import Probe, ProbeResult
 from lora_nb.redaction import public
 
-BEFORE_THE_END = (
-    600.0  # seconds before the platform ends the session, at which a training saves and stops
-)
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Seconds before the platform ends the session, at which a training saves and stops.
+BEFORE_THE_END = 600.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class Training:
         """Base model, adapters and optimizer, fresh or from a checkpoint; then the run's folder."""
         self.config, resume = self._agreed(config)
         self.family = family or family_of(
-            config, DTYPES[self.accelerator.mixed_precision], self.accelerator.device
+            config, precision.DTYPES[self.accelerator.mixed_precision], self.accelerator.device
         )
         adapters.remove(self.family)
         _check_resolution(config.data, self.family)
@@ -174,6 +172,7 @@ class Training:
                 config, self.weights, self.peaks, self.accelerator.device.type
             )
         )
+        self.disk = DiskCache(self.family) if config.cache_to_disk else None
         self.cache = self._cache(self.pictures)
         if self.class_pictures is not None:
             self.class_cache = self._cache(self.class_pictures)
@@ -261,7 +260,6 @@ class Training:
     def _cache(self, pictures: data.Pictures) -> Cache:
         config = self.config
         captions = not any(part.startswith("text_encoder") for part in self.weights)
-        disk = DiskCache(self.family) if config.cache_to_disk else None
         return Cache(
             self.family,
             pictures,
@@ -269,7 +267,7 @@ class Training:
             config.seed,
             config.cache_latents,
             captions,
-            disk,
+            self.disk,
             config.train_batch_size,
         )
 
@@ -345,7 +343,7 @@ class Training:
         """Forward and backward over the micro-steps, `size` pictures at a time; the gradients add up to their mean."""
         config, results, taken = self.config, [], []
         self.optimizer.zero_grad()
-        with _training_mode(self.modules):
+        with training_mode(self.modules):
             for micro in range(config.gradient_accumulation_steps):
                 for positions in self._pieces(self._positions(done, micro), size):
                     batch = self._batch(positions)
@@ -516,8 +514,7 @@ class Training:
                 return
             config, captions = self.config, self.cache.keep_captions
             size, batch = config.probe_size, config.train_batch_size
-            disk = self.cache.disk
-            self.probe = Probe(self.family, self.held_out, size, batch, captions, disk)
+            self.probe = Probe(self.family, self.held_out, size, batch, captions, self.disk)
             if self.done == 0:
                 self._record_probe(self.probe.untrained())
 
@@ -741,7 +738,7 @@ class Training:
 
 
 @contextmanager
-def _training_mode(modules: list[torch.nn.Module]) -> Iterator[None]:
+def training_mode(modules: list[torch.nn.Module]) -> Iterator[None]:
     """Dropout on inside, off for whatever happens between steps."""
     # Past the modules' own setter and recursion, which take 5 % of a small step.
     for module in modules:

@@ -73,18 +73,23 @@ def whole(run: Path) -> checkpoint.Checkpoint:
     return newest
 
 
+def killed_while_saving(run: Path, k: int) -> None:
+    """A process that dies at the k-th file operation of a save."""
+    child = os.fork()
+    if child == 0:
+        with watched(run, At(k, die)):
+            save_and_prune(run)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 def test_kill_9_at_every_file_operation_of_a_save(tmp_path):
     names = operations_of_a_save(run_at_step_4(tmp_path / "count"))
     assert len(names) >= 25
     newest = []
     for k in range(1, len(names) + 1):
         run = run_at_step_4(tmp_path / str(k))
-        child = os.fork()
-        if child == 0:
-            with watched(run, At(k, die)):
-                save_and_prune(run)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        killed_while_saving(run, k)
         newest.append(whole(run).step)
         checkpoint.sweep(run)
         save_and_prune(run)  # life goes on
@@ -150,12 +155,7 @@ def test_kill_9_where_a_rename_is_no_stroke_as_on_a_mounted_drive(tmp_path, monk
     assert len(names) >= 40
     for k in range(1, len(names) + 1):
         run = run_at_step_4(tmp_path / str(k))
-        child = os.fork()
-        if child == 0:
-            with watched(run, At(k, die)):
-                save_and_prune(run)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        killed_while_saving(run, k)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a half that has a manifest is named
             newest = checkpoint.latest(run)

@@ -12,11 +12,12 @@ import torch
 
 from lora_nb import adapters, memory
 from lora_nb.bench import ground
-from lora_nb.bench.plain import DTYPES, Plain
+from lora_nb.bench.plain import Plain
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError
 from lora_nb.families import Family
 from lora_nb.families.shapes import SHAPES, load
+from lora_nb.precision import DTYPES
 
 WARM = 3
 GIB = 2**30

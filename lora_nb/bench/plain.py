@@ -17,15 +17,14 @@ from diffusers import DDPMScheduler
 from lora_nb import adapters, data
 from lora_nb.config import LoraSpec, TrainConfig
 from lora_nb.families import Family, load_family
-
-DTYPES = {None: torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lora_nb.precision import DTYPES
 
 
 class Plain:
     """A family with peft's adapters and torch's AdamW; `step(pixels, captions)` trains on one batch."""
 
     def __init__(self, family: Family, precision: str | None, rate: float, rank: int = 8):
-        self.family, self.dtype = family, DTYPES[precision]
+        self.family, self.dtype = family, DTYPES[precision or "no"]
         for module in (family.vae, *family.trainable.values()):
             module.to(family.device, self.dtype)
         main = next(iter(family.targets))

@@ -10,6 +10,7 @@ from lora_nb.data.pictures import Pictures, load
 from lora_nb.data.report import Problem, Report, Row
 from lora_nb.data.scan import has_split, scan
 from lora_nb.data.transforms import (
+    Key,
     few_crops,
     geometry,
     pixels,
@@ -21,6 +22,7 @@ from lora_nb.data.transforms import (
 
 __all__ = [
     "SUFFIXES",
+    "Key",
     "Order",
     "Pictures",
     "Problem",

@@ -9,7 +9,7 @@ import torch
 
 from lora_nb.config import TrainConfig
 from lora_nb.errors import ConfigError, ModelError
-from lora_nb.families.base import Batch, Family
+from lora_nb.families.base import Batch, Family, network
 from lora_nb.families.flux import Flux
 from lora_nb.families.kandinsky_decoder import KandinskyDecoder
 from lora_nb.families.kandinsky_prior import KandinskyPrior
@@ -40,7 +40,7 @@ NOT_FOR_ALL = (
     *("max_sequence_length", "training_guidance_scale"),
 )
 
-__all__ = ["REGISTRY", "Batch", "Family", "family_of", "guess", "load_family"]
+__all__ = ["REGISTRY", "Batch", "Family", "family_of", "guess", "load_family", "network"]
 
 
 def guess(model: str, revision: str | None = None) -> str:

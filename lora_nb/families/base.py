@@ -92,6 +92,11 @@ class Defaults:
         return {name: value.to(self.device, self.dtype) for name, value in states.items()}
 
 
+def network(family: "Family") -> torch.nn.Module:
+    """The part that denoises, which every family names first among its targets."""
+    return family.trainable[next(iter(family.targets))]
+
+
 class Family(Protocol):
     """One kind of model, loaded and frozen.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lora_nb.config import TrainConfig
+from lora_nb.families import network
 from lora_nb.forecast.result import Rung, fits
 from lora_nb.forecast.trial import Measured, Micro
 
@@ -80,8 +81,7 @@ def ladder(
     line = Line(measured.alone, measured.whole, base)
     climb = _Climb(config, line, elsewhere, total, batch)
     on_gpu = family.device.type == "cuda"
-    network = family.trainable[next(iter(family.targets))]
-    frozen = [p for p in network.parameters() if not p.requires_grad]
+    frozen = [p for p in network(family).parameters() if not p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in frozen)
     trained = sum(
         p.numel() for m in family.trainable.values() for p in m.parameters() if p.requires_grad

@@ -1,6 +1,7 @@
 """The forecast of a run from a trial of it, made in a scratch folder and thrown away."""
 
 import dataclasses
+import math
 import tempfile
 
 from lora_nb import adapters, data, env
@@ -14,7 +15,6 @@ from lora_nb.forecast.trial import Measured, Trial, recompute
 from lora_nb.memory import TooLittleMemory
 from lora_nb.trainer import Training
 
-NAN = float("nan")
 SAMPLE = 100  # samples that are looked up on disk
 
 
@@ -34,7 +34,9 @@ def preflight(config: TrainConfig, family: Family | None = None) -> Forecast:
     # Not one picture went through as configured; what is below on the ladder may go.
     smaller = {"gradient_checkpointing": True}
     found = _tried(config.replace(**smaller), family)
-    top = Rung("as configured", {}, "one picture is too much", found.memory_total, NAN, False, True)
+    top = Rung(
+        "as configured", {}, "one picture is too much", found.memory_total, math.nan, False, True
+    )
     rungs = [dataclasses.replace(rung, changes=smaller | rung.changes) for rung in found.ladder]
     rungs[0] = dataclasses.replace(rungs[0], name=CHECKPOINTING, says=RECOMPUTED)
     return dataclasses.replace(
@@ -114,33 +116,24 @@ def _views(cache: Cache, seen: float) -> float:
 
 def _on_disk(cache: Cache, samples: int) -> tuple[float, float]:
     """Share of the pictures and of the captions of a run that are encoded on disk, from some of its samples."""
-    if cache.disk is None:
-        return 0.0, 0.0
-    positions = range(0, samples, max(1, samples // SAMPLE))
-    pictures = captions = 0
-    for position in positions:
-        row = cache.row_at(position)
-        shape = cache.pictures.rows[row]
-        look = data.transform_key(cache.spec, shape, position, cache.seed)
-        key = cache.pictures.sha256(row), *data.transform_setting(cache.spec, shape), *look
-        pictures += cache.disk.get("picture", *key) is not None
-        captions += cache.disk.get("caption", shape.captions[0]) is not None
-    return pictures / len(positions), captions / len(positions)
+    looked = [cache.on_disk(position) for position in range(0, samples, max(1, samples // SAMPLE))]
+    pictures, captions = (sum(found) / len(looked) for found in zip(*looked, strict=True))
+    return pictures, captions
 
 
 def _sets(training: Training) -> int:
     """Sets of sample pictures: the base model's, then as `with_samples` draws them."""
     config, last = training.config, training.max_train_steps
     every = config.validation_steps or config.validation_epochs * training.steps_per_epoch
-    return 1 + last // every + (last % every > 0)
+    return 1 + math.ceil(last / every)
 
 
 def _probing(training: Training, measured: Measured) -> float:
     """Seconds of the probe before training, those between, and the one at the end."""
     every, last = training.config.probe_steps, training.max_train_steps
-    later = last // every + (last % every > 0) if every else 1
+    later = math.ceil(last / every) if every else 1
     return measured.probing[0] + later * measured.probing[1]
 
 
 def _checkpoints(config: TrainConfig, steps: int) -> int:
-    return steps // config.checkpointing_steps + (steps % config.checkpointing_steps > 0)
+    return math.ceil(steps / config.checkpointing_steps)

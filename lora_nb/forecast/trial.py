@@ -1,9 +1,8 @@
 """The trial behind a forecast: the run's own training, made in a scratch folder, with every part of it timed once."""
 
-import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from lora_nb.forecast import meter
 from lora_nb.inference import draw_samples
 from lora_nb.loss import diffusion_loss
 from lora_nb.probe import DRAWS, Probe
-from lora_nb.trainer import Training
+from lora_nb.trainer import Training, training_mode
 
 LEAST, MOST = 2, 8  # timed steps
 ENOUGH = 1.0  # seconds of timed steps that are enough
@@ -149,7 +148,7 @@ class Trial:
             training.optimizer.zero_grad()
             diffusion_loss(training.family, batch, training.config.noise_offset).loss.backward()
 
-        with meter.watch(self.device) as peak, _training_mode(training):
+        with meter.watch(self.device) as peak, training_mode(training.modules):
             seconds = _seconds(gradients)
         training.optimizer.zero_grad()
         return Micro(size, seconds, peak.bytes)
@@ -204,18 +203,6 @@ class Trial:
         later = _seconds(lambda: made[0].measure(1))
         times = min(config.probe_size, len(training.held_out)) / size
         return times * first, times * later
-
-
-@contextlib.contextmanager
-def _training_mode(training: Training) -> Iterator[None]:
-    modules = [training.family.trainable[part] for part in training.weights]
-    for module in modules:
-        module.train()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.eval()
 
 
 def recompute(family: Family, on: bool) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from lora_nb.families import Batch, Family, family_of, load_family
 from lora_nb.families._imports import quiet
 from lora_nb.files import write_atomically
 from lora_nb.inference.attach import adapter_names, remove_adapter, use_adapter
+from lora_nb.precision import DTYPES
 from lora_nb.run_folder import CONFIG, read_config
-from lora_nb.trainer import DTYPES
 
 Outputs = dict[str, torch.Tensor]  # by name: the prediction and the text states
 
@@ -197,8 +198,8 @@ def certify_run(folder: str | Path) -> Certificate:
         raise CheckpointError(
             f"There is no {'adapter file' if saved else 'checkpoint'} in {folder}, so nothing to compare; train there."
         )
-    load = lambda: family_of(  # noqa: E731
-        config, DTYPES[config.mixed_precision or "no"], env.pick_device().name
+    load = partial(
+        family_of, config, DTYPES[config.mixed_precision or "no"], env.pick_device().name
     )
     family = load()
     adapters.add(family, adapters.named(family, config.lora))

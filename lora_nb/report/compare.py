@@ -10,11 +10,12 @@ from typing import Any
 
 from lora_nb import plots
 from lora_nb.branching import paired_losses, paired_probes
+from lora_nb.config import flat
 from lora_nb.errors import CheckpointError, ConfigError
 from lora_nb.probe import Paired, difference
-from lora_nb.redaction import public, redacted
+from lora_nb.redaction import redacted, shown
 from lora_nb.report import markup
-from lora_nb.report.facts import Run, flat
+from lora_nb.report.facts import Run
 
 PLACES = {"output_dir", "overwrite", "resume_from_checkpoint", "resume_override", "logging_dir"}
 ABSENT = "absent"
@@ -72,7 +73,10 @@ class Comparison:
         rows = rows or {"(all settings)": ("the same", "the same")}
         wide = max(len(name) for name in [*rows, *self.numbers]) + 2
         column = max(len(a) for a, _ in [*rows.values(), *self.numbers.values(), self.names]) + 2
-        line = lambda name, both: f"{name:<{wide}}{both[0]:<{column}}{both[1]}"  # noqa: E731
+
+        def line(name: str, both: tuple[str, str]) -> str:
+            return f"{name:<{wide}}{both[0]:<{column}}{both[1]}"
+
         lines = [line("", self.names)]
         lines += [line(name, both) for name, both in rows.items()]
         lines += ["", *self.said(), ""]
@@ -120,7 +124,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         unpaired.append("No held-out loss at the same step: the runs have no probe in common")
     configs = [flat(run.config.to_dict()) for run in runs]
     names = sorted((configs[0].keys() | configs[1].keys()) - PLACES)
-    both = {name: tuple(_shown(c.get(name, ABSENT)) for c in configs) for name in names}
+    both = {name: tuple(shown(c.get(name, ABSENT)) for c in configs) for name in names}
     return Comparison(
         *runs,
         settings={name: values for name, values in both.items() if values[0] != values[1]},
@@ -141,10 +145,6 @@ def _numbers(a: Run, b: Run) -> dict[str, tuple[str, str]]:
     return {
         name: (costs[0][name], costs[1].get(name, ABSENT)) for name in costs[0] if name != "energy"
     }
-
-
-def _shown(value: Any) -> Any:
-    return public(value) if isinstance(value, str) and "/" in value else value
 
 
 def _in_words(pair: Paired) -> str:

@@ -277,15 +277,5 @@ class Run:
         }
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= (
-            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return out
-
-
 def _read(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else ""

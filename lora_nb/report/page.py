@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from lora_nb import inference, plots
+from lora_nb.config import flat
 from lora_nb.errors import CheckpointError, ModelError
 from lora_nb.files import write_atomically
 from lora_nb.formats import FILE_NAME
-from lora_nb.redaction import redacted
+from lora_nb.redaction import redacted, shown
 from lora_nb.report import markup
-from lora_nb.report.facts import Run, flat, public, versions
+from lora_nb.report.facts import Run, versions
 
 FILE = "report.html"
 ROWS, COLUMNS = 6, 8  # at most so many sample sets and pictures of each
@@ -123,9 +124,7 @@ def _curves_section(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
-    everything = {}
-    for name, value in flat(run.config.to_dict()).items():
-        everything[name] = public(value) if isinstance(value, str) and "/" in value else value
+    everything = {name: shown(value) for name, value in flat(run.config.to_dict()).items()}
     return f"{markup.table(run.settings())}<details><summary>All settings</summary>{markup.table(everything)}</details>"
 
 

@@ -77,6 +77,36 @@ def scrubber_html(images: Sequence[Image.Image], labels: Sequence[str], start: i
     )
 
 
+def two_sliders_html(
+    sides: Sequence[tuple[str, int, int]], pages: Sequence[tuple[str, str]], above: str = ""
+) -> str:
+    """HTML in which two sliders turn over pages that need no kernel.
+
+    sides: name, number of places and first place of each slider. pages: caption and inner HTML for every pair of
+    places, those of the second slider next to each other. above: HTML that stands over all pages.
+    """
+    (_, _, down), (_, across, right) = sides
+    turn = (
+        "const d=this.closest('div'),[a,b]=d.querySelectorAll('input'),"
+        f"at={across}*a.value+ +b.value;"
+        "d.querySelectorAll('figure').forEach((f,i)=&gt;f.hidden=i!=at)"
+    )
+    # stopPropagation: or JupyterLab takes the arrow keys for its own
+    sliders = "".join(
+        f'<label style="display:inline-block;margin-right:2em">{escape(name)} <input type="range" min="0" '
+        f'max="{count - 1}" value="{start}" style="width:12em;vertical-align:middle" aria-label="{escape(name)}" '
+        f'onkeydown="event.stopPropagation()" oninput="{turn}"></label>'
+        for name, count, start in sides
+    )
+    first = across * down + right
+    figures = "".join(
+        f'<figure style="margin:0" {"" if place == first else "hidden"}><figcaption>{escape(caption)}</figcaption>'
+        f"{inner}</figure>"
+        for place, (caption, inner) in enumerate(pages)
+    )
+    return f"<div>{sliders}{above}{figures}</div>"
+
+
 class WeightExplorer:
     """Two sliders over the pictures of `inference.weight_grid`, which need no kernel.
 
@@ -90,25 +120,16 @@ class WeightExplorer:
 
     def html(self) -> str:
         """A page that stays alive in a saved notebook; it starts where the weights are nearest to 1."""
-        sides = (self._down, self._across)
-        starts = [min(range(len(w)), key=lambda i: abs(w[i] - 1)) for _, w in sides]
-        turn = (
-            "const d=this.closest('div'),[a,b]=d.querySelectorAll('input'),"
-            f"at={len(self._across[1])}*a.value+ +b.value;"
-            "d.querySelectorAll('figure').forEach((f,i)=&gt;f.hidden=i!=at)"
-        )
-        sliders = "".join(
-            f'<label>{escape(name)} <input type="range" min="0" max="{len(values) - 1}" value="{start}" '
-            f'style="width:12em;vertical-align:middle" onkeydown="event.stopPropagation()" oninput="{turn}"></label> '
-            for (name, values), start in zip(sides, starts, strict=True)
-        )
-        pages = "".join(
-            f'<figure style="margin:0" {"" if [i, j] == starts else "hidden"}><figcaption>{escape(self._label(i, j))}'
-            f"</figcaption>{img(encoded(picture, 'WEBP'), 'webp')}</figure>"
+        sides = [
+            (name, len(values), min(range(len(values)), key=lambda i, w=values: abs(w[i] - 1)))
+            for name, values in (self._down, self._across)
+        ]
+        pages = [
+            (self._label(i, j), img(encoded(picture, "WEBP"), "webp"))
             for i, row in enumerate(self._grid)
             for j, picture in enumerate(row)
-        )
-        return f"<div>{sliders}{pages}</div>"
+        ]
+        return two_sliders_html(sides, pages)
 
     def _label(self, i: int, j: int) -> str:
         places = ((self._down, i), (self._across, j))

@@ -1,10 +1,9 @@
 """Two sliders over a measured sweep of rank and learning rate; they need no kernel."""
 
-from html import escape
-
 from PIL import Image
 
 from lora_nb.sweep import Cell, Sweep
+from lora_nb.widgets.explorer import two_sliders_html
 from lora_nb.widgets.pictures import encoded, img, side_by_side
 
 
@@ -23,29 +22,20 @@ class RankRateMap:
         """The page; it starts at the best cell."""
         cells = {(cell.rank, cell.learning_rate): cell for cell in self._sweep.cells}
         best = self._sweep.best()
-        pages = "".join(
-            self._page(
-                cells.get((rank, rate)), hidden=(rank, rate) != (best.rank, best.learning_rate)
-            )
-            for rank in self._ranks
-            for rate in self._rates
+        base = f"<br><small>base model</small><br>{strip(self._sweep, self._sweep.base)}"
+        pages = [
+            self._page(cells.get((rank, rate))) for rank in self._ranks for rate in self._rates
+        ]
+        sides = (
+            ("rank", len(self._ranks), self._ranks.index(best.rank)),
+            ("learning rate", len(self._rates), self._rates.index(best.learning_rate)),
         )
-        turn = (
-            "const box=this.closest('div'),[a,b]=box.querySelectorAll('input'),"
-            f"at={len(self._rates)}*a.value+ +b.value;box.querySelectorAll('figure').forEach((f,i)=&gt;f.hidden=i!=at)"
-        )
-        rank = _slider("rank", self._ranks.index(best.rank), len(self._ranks), turn)
-        rate = _slider(
-            "learning rate", self._rates.index(best.learning_rate), len(self._rates), turn
-        )
-        base = strip(self._sweep, self._sweep.base)
-        return f"<div>{rank}{rate}<br><small>base model</small><br>{base}{pages}</div>"
+        return two_sliders_html(sides, pages, above=base)
 
-    def _page(self, cell: Cell | None, hidden: bool) -> str:
-        text = "not measured yet" if cell is None else caption(cell)
-        pictures = "" if cell is None else strip(self._sweep, cell)
-        state = "hidden" * hidden
-        return f'<figure style="margin:0" {state}><figcaption>{escape(text)}</figcaption>{pictures}</figure>'
+    def _page(self, cell: Cell | None) -> tuple[str, str]:
+        if cell is None:
+            return "not measured yet", ""
+        return caption(cell), strip(self._sweep, cell)
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -71,12 +61,3 @@ def strip(sweep: Sweep, cell: Cell) -> str:
         return ""
     images = [Image.open(file).convert("RGB") for file in sweep.files(cell)]
     return img(encoded(side_by_side(images), "WEBP"), "webp", 'style="max-width:100%"')
-
-
-def _slider(name: str, start: int, count: int, turn: str) -> str:
-    # stopPropagation: or JupyterLab takes the arrow keys for its own
-    return (
-        f'<label style="display:inline-block;margin-right:2em">{name} <input type="range" min="0" max="{count - 1}" '
-        f'value="{start}" style="width:12em;vertical-align:middle" aria-label="{name}" '
-        f'onkeydown="event.stopPropagation()" oninput="{turn}"></label>'
-    )

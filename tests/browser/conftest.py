@@ -18,7 +18,7 @@ def lab(tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     if importlib.util.find_spec("playwright") is None:
-        pytest.skip("no Playwright here: pip install -e '.[browser]'")
+        pytest.skip("no Playwright here: pip install -e '.[test]'")
     folder = tmp_path_factory.mktemp("lab")
     environment = {k: v for k, v in os.environ.items() if k not in ("CI", "LORA_NB_HEADLESS")}
     environment |= {"LORA_NB_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
