@@ -20,9 +20,10 @@ course: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks $(ALSO)
 
-# Two halves beside each other, a thread each: most of the package's tests keep one core busy and wait for files.
+# Two halves beside each other, a thread each: most of the package's tests keep one core busy and wait for files. What ALSO
+# names follows the one that ends first.
 test-package:
 	$(BIN)/python -m pytest --ignore tests/test_notebooks.py --ignore tests/browser
 

@@ -107,9 +107,9 @@ def _gradients(axes: Axes, steps: Sequence[Mapping], colours: Mapping[str, str])
         norms = [line["grad_norms"].get(part, 0.0) for line in steps]
         axes.plot(x, norms, color=colour, linewidth=0.6, alpha=0.35)
         axes.plot(x, plots.smooth(norms), color=colour, linewidth=1.6, label=part)
-    if all(norm > 0 for line in steps for norm in line["grad_norms"].values()):
-        axes.set_yscale("log")
-        axes.minorticks_off()
+    drawn = [line["grad_norms"].get(part, 0.0) for line in steps for part in colours]
+    if min(drawn) > 0:
+        plots._logarithmic(axes, min(drawn), max(drawn))
     axes.locator_params(axis="x", integer=True, nbins=5)
 
 

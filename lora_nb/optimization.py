@@ -41,7 +41,7 @@ def peak_learning_rates(
 def make_optimizer(
     config: TrainConfig, weights: Weights, peaks: dict[str, float], device: str
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) with one group per part; raises ConfigError without bitsandbytes for 8 bit."""
+    """AdamW (Loshchilov & Hutter 2019) with one group per part; ConfigError for 8 bit without bitsandbytes or CUDA."""
     groups = [{"params": group, "lr": peaks[part]} for part, group in weights.items()]
     settings = {
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -49,6 +49,10 @@ def make_optimizer(
         "eps": config.adam_epsilon,
     }
     if config.use_8bit_adam:
+        if device != "cuda":
+            raise ConfigError(
+                f"use_8bit_adam needs a CUDA GPU, and this training runs on {device!r}; leave it out."
+            )
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from PIL import Image
 
 from lora_nb.health import block_of
@@ -436,6 +436,14 @@ def _tidy(axes: Axes, title: str, x: str, y: str) -> Axes:
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     return axes
+
+
+def _logarithmic(axes: Axes, low: float, high: float) -> None:
+    """A log axis from low to high with numbers on it, also where all lies within one power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.minorticks_off()
 
 
 def _by_rows(axes: Axes) -> None:

@@ -1,7 +1,8 @@
 """Colab's versions in an environment of their own, and the course and the tests on them.
 
-python scripts/platforms.py            the setup cell, the notebooks with widgets, and all quick tests of the package
-python scripts/platforms.py --short    the same with the tests that load, train, save, resume and convert only
+python scripts/platforms.py            the setup cell, all notebooks, and all quick tests of the package
+python scripts/platforms.py --short    the setup cell, notebooks 00, 02 and the board of 03, and the tests of what meets
+                                       other libraries
 python scripts/platforms.py --build    the environment only
 
 torch and whatever is not in constraints/colab-*.txt are shared with the environment that runs this. Nothing is
@@ -28,8 +29,12 @@ TAKEN = (
 BESIDE = (
     "jupyter_client==7.4.9 tokenizers==0.22.2 backcall decorator entrypoints ipython_genutils nest_asyncio pickleshare"
 ).split()
-# Load, train, save, resume, formats, and what a learner touches.
-SHORT = "test_adapters test_checkpoint test_formats test_formats_kohya test_widgets".split()
+# Adapters, files of every form, pipelines, the doctor, widgets; and which of these tests cost more than they show here.
+SHORT = (
+    "test_adapters test_formats test_formats_reading test_formats_kohya test_inference test_env test_panel test_board "
+    "test_widgets"
+).split()
+COSTLY = "other_families or after_a_kill"
 
 
 def build() -> None:
@@ -64,11 +69,11 @@ def packages() -> Path:
 
 def legs(short: bool) -> dict[str, list[str]]:
     """The commands by name: notebooks are run by this environment's pytest on that one's kernel, tests by its own."""
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = ["-m", "pytest", "-p", "no:cacheprovider"]
     quick = "not slow and not long and not property and not platforms"
     colab = "platforms and not slow" if short else "platforms"
     if short:
-        files = [f"tests/{name}.py" for name in SHORT]
+        files = ["-k", f"not ({COSTLY})", *(f"tests/{name}.py" for name in SHORT)]
     else:
         files = ["tests", "--ignore=tests/browser", "--ignore=tests/test_project.py"]
     return {

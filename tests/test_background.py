@@ -165,6 +165,7 @@ def test_buttons_and_slider_do_what_they_say(config):
     board.buttons["Stop"].click()
     assert board.join(LONG)
     assert pressable(board) == ["Start"]
+    assert board.board.line().endswith("; press Start, or run the cell again, to go on")
     changes = run_folder.changes(run_folder.read_history(config.output_dir))
     assert list(changes.values())[:1] == [0.5]
     again = BackgroundBoard(board.config)

@@ -67,9 +67,9 @@ def header_only(kind: str, side: int = 20_000) -> bytes:
         return b"BM" + struct.pack(
             "<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0
         )
-    return (
-        b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, side, side, 1) + b"\x01\x11\x00\xff\xd9"
-    )
+    frame = b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, side, side, 1) + b"\x01\x11\x00"
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"  # Pillow 11 opens no JPEG without one
+    return b"\xff\xd8" + frame + scan
 
 
 def resaved(folder: Path, **save) -> None:

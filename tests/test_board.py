@@ -1,11 +1,13 @@
 """The live board: what it says and draws is what the run's files say, also after a kill or a change of the rate."""
 
 import itertools
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lora_nb import adapters, health, run_folder
@@ -72,6 +74,8 @@ def test_the_head_names_the_numbers_and_escapes_them(done):
     assert f"{abs(probe['difference']):.4f} ± {2 * probe['standard_error']:.4f}" in page
     assert "0.01 / 0.001" in page
     assert "unet / text_encoder" in page
+    memory = float(re.search(r">(\d+\.\d) GB<", page).group(1))
+    assert memory == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.3)
     standing.note = "<b>"
     assert "<b>" not in standing.html(closed=False).replace("<b>step 6 of 6</b>", "")
 
@@ -162,6 +166,20 @@ def test_drawing_takes_at_most_a_tenth_of_the_time(done, monkeypatch):
         board.update()
     assert 2 <= len(drawn) <= 3
     assert all(b - a >= 0.5 for a, b in itertools.pairwise(drawn))
+
+
+def test_a_figure_without_a_curve_is_replaced_at_the_next_look(done, tmp_path, monkeypatch):
+    for event in run_folder.read_history(done):
+        if event["event"] != "step" or event["step"] == 1:
+            run_folder.append(tmp_path, event)
+    for folder, draws in ((done, 1), (tmp_path, 2)):
+        board, drawn = LiveBoard(folder, every=0), []
+        board._plain = False
+        monkeypatch.setattr(board, "_show_head", lambda: None)
+        monkeypatch.setattr(board, "_show_figure", lambda _, d=drawn: d.append(time.sleep(0.05)))
+        board.update()
+        board.update()
+        assert len(drawn) == draws
 
 
 KILLED = """

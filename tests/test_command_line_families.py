@@ -15,7 +15,7 @@ from test_families import LOADERS, SIDES
 
 from lora_nb import adapters, checkpoint, run_folder
 from lora_nb.cli import main
-from lora_nb.families import tiny
+from lora_nb.families import REGISTRY, tiny
 from lora_nb.formats import FILE_NAME, KOHYA_FILE, inspect
 from lora_nb.trainer import train
 
@@ -47,6 +47,12 @@ for arguments in json.load(sys.stdin):
         runpy.run_module("lora_nb", run_name="__main__")
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+
+@pytest.fixture(autouse=True)
+def _few_latents(monkeypatch):
+    """Certificates are made of 4 x 4 latents, not 24 x 24, whose attention takes most of the time here."""
+    monkeypatch.setattr(REGISTRY["wuerstchen"], "resolution", SIDES["wuerstchen"])
 
 
 @pytest.fixture(scope="module")

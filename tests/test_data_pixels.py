@@ -74,7 +74,7 @@ def test_exif_rotation_is_applied_once():
 def test_transparency_is_put_on_white(image, save, colour):
     rgb = decode(encoded(image, **save)).image
     assert rgb.mode == "RGB"
-    assert set(rgb.get_flattened_data()) == {colour}
+    assert {tuple(pixel) for pixel in np.array(rgb).reshape(-1, 3).tolist()} == {colour}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

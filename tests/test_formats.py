@@ -1,6 +1,8 @@
 """LoRA files: ours is what diffusers writes plus metadata, and a description never needs a model."""
 
+import html
 import json
+import re
 
 import pytest
 import torch
@@ -74,6 +76,29 @@ def test_inspect_says_what_is_in_it(family, tmp_path):
     assert formats.inspect(tmp_path) == formats.inspect(tmp_path)  # a folder will do
 
 
+def test_the_notebook_view_says_the_same_and_trusts_no_word_of_the_file(family, tmp_path):
+    file = formats.save_adapter(family, tmp_path, {"trigger": "<script>alert(1)</script>"})
+    report = formats.inspect(file)
+    assert repr(report) == report.table()
+    page = report._repr_html_()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    cells = re.findall(r"<td>([^<]*)</td>", page)
+    for part, found in report.parts.items():
+        at = cells.index(part)
+        assert cells[at + 1 : at + 4] == [
+            str(found.modules),
+            str(found.ranks[0]),
+            f"{found.alphas[0]:g}",
+        ]
+    for m in report.modules:
+        at = cells.index(f"{m.part} {m.layer}")
+        assert cells[at + 1 : at + 4] == [f"{m.rank}", f"{m.alpha:.4g}", f"{m.scale:.4g}"]
+    assert set(report.metadata) <= set(cells)
+    for sentence in (*report.problems, *report.lost["kohya"]):
+        assert html.escape(sentence) in page
+
+
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_our_own_file_of_any_family_names_it(tmp_path, name):
     """Also of models whose sizes nobody knows, as the tiny ones are."""
@@ -140,6 +165,18 @@ def test_inspect_names_non_finite_weights(tmp_path):
         {"unet.a.lora_A.weight": torch.full((2, 2), float("nan"))}, tmp_path / "x.safetensors"
     )
     assert "not finite" in " ".join(formats.inspect(tmp_path / "x.safetensors").problems)
+
+
+@pytest.mark.parametrize("start", formats.header.PICKLES)
+def test_a_header_as_long_as_a_pickles_first_bytes_is_none(family, tmp_path, start):
+    """Bytes 80 02 are also a length, of 640: found by a property test, on one of its files."""
+    file = formats.save_adapter(family, tmp_path)
+    wanted, tensors = int.from_bytes(start, "little") + (1 << 16), load_file(file)
+    save_file(tensors, file, {"x": "x"})
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    save_file(tensors, file, {"x": "x" * (1 + wanted - length)})
+    assert file.read_bytes()[:2] == start
+    assert formats.inspect(file).tensors == len(tensors)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -452,7 +452,7 @@ def test_certificate_says_what_was_proved(models, loaded, tmp_path):
 
 
 def test_a_file_that_lies_gets_no_certificate(models, loaded, tmp_path):
-    """Doubling one alpha, or dropping one layer, is found."""
+    """Doubling one alpha, dropping one layer, or a key that no layer uses, is found."""
     family = loaded["sd"][0]
     stir(family, {"unet": {"r": 2, "lora_alpha": 1}})
     file = formats.save_kohya(family, tmp_path / "good.safetensors")
@@ -469,6 +469,11 @@ def test_a_file_that_lies_gets_no_certificate(models, loaded, tmp_path):
     certificate = inference.certify(family, tmp_path / "less.safetensors", str(models["sd"]))
     assert not certificate.holds
     assert len(certificate.readings[0].missing) == 1
+    stray = tensors | {"lora_unet_nowhere.alpha": torch.tensor(1.0)}
+    save_file(stray, tmp_path / "more.safetensors")
+    certificate = inference.certify(family, tmp_path / "more.safetensors", str(models["sd"]))
+    assert not certificate.holds
+    assert "no place for (lora_unet_nowhere.alpha)" in certificate.readings[0].refused
 
 
 def test_there_and_back_again(models, loaded, tmp_path):
@@ -516,8 +521,9 @@ def test_wrong_words_are_refused_before_anything_is_read(tmp_path, change, sente
 
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - set(FAMILIES)))
-def test_diffusers_files_of_other_families_are_certified(tmp_path, name):
+def test_diffusers_files_of_other_families_are_certified(tmp_path, monkeypatch, name):
     """Text, pictures and geometry at fixed values, for whatever the family's condition is made of; rsLoRA, patterns."""
+    monkeypatch.setattr(REGISTRY["wuerstchen"], "resolution", 64)  # 768 would be 576 latents
     model = tiny.build(name, tmp_path / "model")
     family = load_family("auto", str(model))
     part, (some, *_) = next(iter(family.targets.items()))

@@ -244,12 +244,13 @@ def kohya(pairs, name, alpha=None, text="text_model_"):
     return out
 
 
+@pytest.mark.parametrize("text", ["text_model_", ""], ids=["before 5.6", "from 5.6"])
 @pytest.mark.parametrize("alpha", [ALPHA, None], ids=["alpha", "no alpha"])
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_kohya(models, tmp_path, name, alpha):
+def test_kohya(models, tmp_path, name, alpha, text):
     pairs = drawn(models[name][0], layers_of(name, TEXT))
     scale = 1.0 if alpha is None else alpha / RANK
-    assert_loads(models, name, write(tmp_path, kohya(pairs, name, alpha)), pairs, scale)
+    assert_loads(models, name, write(tmp_path, kohya(pairs, name, alpha, text)), pairs, scale)
 
 
 def test_kohya_in_half_precision(models, tmp_path):
@@ -386,7 +387,6 @@ def test_fused_layers_are_taken_apart(models, tmp_path, spelling):
 @pytest.mark.parametrize(
     ("endings", "method"),
     [
-        (("lokr_w1", "lokr_w2"), "LoKr"),
         (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), "LoHa"),
         (("oft_blocks",), "OFT"),
         (("diff", "diff_b"), "full weight differences"),
@@ -396,7 +396,7 @@ def test_fused_layers_are_taken_apart(models, tmp_path, spelling):
 def test_other_methods_are_named(models, tmp_path, endings, method):
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
     file = write(tmp_path, {f"{stem}.{ending}": torch.ones(2, 2) for ending in endings})
-    with pytest.raises(FormatError, match=f"holds {method}, which is no LoRA"):
+    with pytest.raises(FormatError, match=f"holds {method}, which cannot be read here"):
         inference.use_adapter(models["sd"][1].pipeline(), file)
     if len(endings) != 3:
         with pytest.raises(FormatError, match=method):
@@ -407,6 +407,15 @@ def test_a_file_for_another_family_names_its_layers(models, tmp_path):
     pairs = drawn(models["sdxl"][0], layers_of("sdxl"))
     file = write(tmp_path, kohya(pairs, "sdxl", ALPHA))
     with pytest.raises(FormatError, match=r"no place for \(lora_te2_text_model"):
+        inference.use_adapter(models["sd"][1].pipeline(), file)
+
+
+def test_a_layer_under_two_names_is_refused(models, tmp_path):
+    """One of them would win, and nothing would say which."""
+    pairs = drawn(models["sd"][0], {"unet": UNET["sd"]})
+    again = {key: tensor.clone() for key, tensor in kohya(pairs, "sd").items()}
+    file = write(tmp_path, diffusers(pairs) | again)
+    with pytest.raises(FormatError, match=r"lora\.safetensors has the lora_\w of a layer twice"):
         inference.use_adapter(models["sd"][1].pipeline(), file)
 
 

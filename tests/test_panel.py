@@ -1,5 +1,6 @@
 """The panel's read-outs are the truth, or say about what; parts go on and off; measured cells show beside sliders."""
 
+import base64
 import dataclasses
 import re
 
@@ -84,7 +85,11 @@ def test_parts_go_on_and_off_and_one_stays(config, family):
 
 
 def test_batch_schedule_and_warm_up(config):
-    panel = ConfigPanel(config).set(train_batch_size=5, lr_scheduler="cosine", lr_warmup_steps=20)
+    panel = ConfigPanel(config)
+    warm_up, own = panel.controls["lr_warmup_steps"], panel.controls["own_targets"]
+    assert (warm_up.disabled, own.disabled) == (True, True)  # neither would change anything
+    panel.set(train_batch_size=5, lr_scheduler="cosine", lr_warmup_steps=20)
+    assert (warm_up.disabled, own.disabled) == (False, True)
     expected = config.replace(train_batch_size=5, lr_scheduler="cosine", lr_warmup_steps=20)
     assert panel.config() == expected
     panel.set(lr_warmup_steps=0)
@@ -93,6 +98,10 @@ def test_batch_schedule_and_warm_up(config):
 
 def test_the_curve_is_the_one_that_training_will_follow(config):
     panel = ConfigPanel(config.replace(max_train_steps=100, learning_rate=1e-3))
+    assert "learning rate 0.001 in all 100 steps" in shown(panel.cost)
+    (drawing,) = re.findall(r"svg\+xml;base64,([^\"]+)", panel.cost.value)
+    words = re.findall(r">([^<]+)</text>", base64.b64decode(drawing).decode())
+    assert words == ["0.001", "0", "step 1", "100"]  # the ends of both axes
     panel.set(lr_scheduler="linear", lr_warmup_steps=50)
     assert "learning rate at most 0.001 in 100 steps" in shown(panel.cost)
     panel.set(lr_scheduler="cosine", lr_warmup_steps=500)  # what is easily overlooked

@@ -275,6 +275,12 @@ def test_a_killed_process_loses_at_most_one_interval(config):
     assert [s.loss for s in resumed] == [s.loss for s in straight[3:]]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA GPU")
+def test_8_bit_moments_are_refused_where_there_is_no_gpu(config):
+    with pytest.raises(ConfigError, match="use_8bit_adam needs a CUDA GPU"):
+        train(config.replace(use_8bit_adam=True))
+
+
 def test_non_finite_losses_stop_before_the_optimizer(config):
     training = train(config)
     steps = iter(training)

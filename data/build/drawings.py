@@ -37,6 +37,13 @@ BASE_STYLES = {
 }
 NEW_STYLES = {"ink": "fluent-emoji-high-contrast", "clay": "fluent-emoji"}
 STYLES = BASE_STYLES | NEW_STYLES
+# Other hands that draw the same things; only the judge looks at them, to know a thing in any style.
+OTHER_HANDS = {
+    "monotone": "emojione-monotone",
+    "firefox": "fxemoji",
+    "streamline": "streamline-emojis",
+}
+PACKAGE_OF = STYLES | OTHER_HANDS
 
 # Letters, signs and flags teach a picture model little.
 DROPPED_GROUPS = {"component", "symbols", "flags"}
@@ -170,7 +177,7 @@ def concepts(work: Path = WORK) -> dict[str, Concept]:
 @cache
 def icons(style: str, work: Path = WORK) -> dict:
     """The icon file of a style."""
-    path = package_folder(f"@iconify-json/{STYLES[style]}", work) / "package" / "icons.json"
+    path = package_folder(f"@iconify-json/{PACKAGE_OF[style]}", work) / "package" / "icons.json"
     return json.loads(path.read_text())
 
 
@@ -180,6 +187,8 @@ def icon_of(style: str, concept: str, work: Path = WORK) -> dict | None:
     alias = book.get("aliases", {}).get(concept)
     if alias is not None and set(alias) == {"parent"}:
         concept = alias["parent"]
+    if style == "firefox":  # its names have no hyphens
+        concept = concept.replace("-", "")
     return book["icons"].get(concept)
 
 
@@ -264,7 +273,7 @@ def pack(folder: Path, work: Path = WORK) -> None:
     entries = [asdict(concept) for concept in concepts(work).values()]
     (folder / "concepts.json").write_text(json.dumps(entries))
     good = set(good_concepts(work))
-    for style in STYLES:
+    for style in PACKAGE_OF:
         keys, array = load_style(style, work)
         rows = [i for i, key in enumerate(keys) if key in good]
         page = np.full((-(-len(rows) // COLUMNS), SIZE, COLUMNS, SIZE, 3), 255, np.uint8)
@@ -283,7 +292,7 @@ def unpack(sheet: Image.Image, count: int) -> np.ndarray:
 
 def fetch_all() -> None:
     """Make sure that every package is there and is the pinned one."""
-    for style in STYLES.values():
+    for style in PACKAGE_OF.values():
         fetch(f"@iconify-json/{style}")
     fetch("emojibase-data")
 
@@ -295,7 +304,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, help="folder for the packed drawings")
     args = parser.parse_args()
     fetch_all()
-    for style in STYLES:
+    for style in PACKAGE_OF:
         keys, pictures = load_style(style)
         print(f"{style:8s} {len(keys)} drawings, {pictures.shape[1:]}")
     good = good_concepts()

@@ -1,4 +1,4 @@
-"""Fetch the drawings: eight pinned npm packages, each checked against its published hash.
+"""Fetch the drawings: eleven pinned npm packages, each checked against its published hash.
 
 The packages come through the ordinary npm client, so its registry settings apply and no address
 is written here. A file whose hash differs is refused.
@@ -47,6 +47,18 @@ PACKAGES = {
     "@iconify-json/fluent-emoji-high-contrast": (
         "1.2.6",
         "esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w==",
+    ),
+    "@iconify-json/emojione-monotone": (
+        "1.2.1",
+        "cZSNcPsuiAD6HCzCh/2dYKGh3pNI0jJlxBxQWfC33cQsPtqYZqulGBvlkThXYNvDl8VxgVHT9u+izyX/yeEIkA==",
+    ),
+    "@iconify-json/fxemoji": (
+        "1.2.2",
+        "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
+    ),
+    "@iconify-json/streamline-emojis": (
+        "1.2.4",
+        "iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A==",
     ),
     "emojibase-data": (
         "17.0.0",

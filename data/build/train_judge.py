@@ -1,10 +1,11 @@
 """Train the judge: a small dual encoder that names the style and the thing of a picture.
 
 It learns from all styles, the new ones too, because it must tell them apart. Concepts that the course
-does not use (people, most of them) are shown too, without their names: they teach styles. Never shown to it, and
-what its accuracy is measured on: the validation drawings of the style sets, and a tenth of all other
-drawings by a hash of style and name. Half of the pictures it learns from have gone through the
-autoencoder, so that it does not take the blur of a decoder for a style.
+does not use (people, most of them) are shown too, without their names: they teach styles. Drawings by other
+hands teach things, not styles. Never shown to it, and what its accuracy is measured on: the validation
+drawings of the style sets, and a tenth of all other drawings by a hash of style and name. Half of the
+pictures it learns from have gone through the autoencoder, so that it does not take the blur of a decoder
+for a style.
 
     python data/build/train_judge.py --epochs 40
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from diffusers import AutoencoderKL
 from drawings import (
     DROPPED_GROUPS,
     NEW_STYLES,
+    OTHER_HANDS,
     STYLES,
     concepts,
     good_concepts,
@@ -51,9 +54,9 @@ def never_shown(style: str, concept: str, validation: set[str]) -> bool:
 
 
 def drawings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures (uint8 N 3 128 128), style, concept, never shown; the good concepts come first.
+    """Pictures (uint8 N 3 128 128), style, concept, never shown; those that can be measured come first.
 
-    Drawings of other concepts have the concept -1: they teach styles only.
+    Drawings of other concepts have the concept -1, those by other hands the style -1.
     """
     wanted = {key: i for i, key in enumerate(judged_concepts())}
     others = {
@@ -61,17 +64,21 @@ def drawings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         for key, concept in concepts().items()
         if concept.group not in DROPPED_GROUPS and key not in wanted and not held_out(key)
     }
-    named, unnamed = chosen_drawings(wanted), chosen_drawings(dict.fromkeys(others, -1))
-    return tuple(torch.cat(pair) for pair in zip(named, unnamed, strict=True))
+    named = chosen_drawings(wanted, STYLES)
+    unnamed = chosen_drawings(dict.fromkeys(others, -1), STYLES)
+    by_others = chosen_drawings(wanted, OTHER_HANDS)
+    by_others[1].fill_(-1)
+    by_others[3].fill_(False)
+    return tuple(torch.cat(parts) for parts in zip(named, by_others, unnamed, strict=True))
 
 
 def chosen_drawings(
-    wanted: dict[str, int],
+    wanted: dict[str, int], hands: Iterable[str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The drawings of some concepts in all styles."""
+    """The drawings of some concepts by some hands; the style is the place among them."""
     validation = {c.slug for c in split_concepts()[1]}
     pictures, styles, names, kept = [], [], [], []
-    for number, style in enumerate(STYLES):
+    for number, style in enumerate(hands):
         keys, array = load_style(style)
         rows = [i for i, key in enumerate(keys) if key in wanted]
         pictures.append(np.asarray(array[rows]))
@@ -108,7 +115,7 @@ def vary(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     def draw(low: float, high: float) -> torch.Tensor:
         return torch.rand(n, generator=g) * (high - low) + low
 
-    scale, stretch, angle = draw(0.9, 1.15), draw(0.96, 1.04), draw(-0.08, 0.08)
+    scale, stretch, angle = draw(0.85, 1.2), draw(0.94, 1.06), draw(-0.15, 0.15)
     affine = torch.stack(
         [
             torch.stack(
@@ -188,7 +195,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     pictures, style, name, kept = drawings()
     good = int((name >= 0).sum())
-    decoded = through_the_decoder(pictures[:good], args.vae, args.out / "decoded.safetensors")
+    decoded = through_the_decoder(pictures, args.vae, args.out / "decoded-all.safetensors")
     book = concepts()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
@@ -222,7 +229,7 @@ def main() -> None:
             order = shown[torch.randperm(len(shown), generator=generator(args.seed, -1, step))]
         place = step % per_epoch * args.batch
         index = order[place : place + args.batch]
-        blurred = (torch.rand(len(index), generator=g) < 0.5) & (name[index] >= 0)
+        blurred = torch.rand(len(index), generator=g) < 0.5
         x = pictures[index]
         x[blurred] = decoded[index[blurred]]
         x = vary(to_model(x), g)
@@ -237,6 +244,7 @@ def main() -> None:
         of_style = judge.logits(features, judge.styles, "style")
         of_name = judge.logits(features, judge.names, "concept")
         true_style, true_name = style[index].to(device), name[index].to(device)
+        kept_style = kept_style.to(device) & (true_style >= 0)
         style_loss = F.cross_entropy(of_style[kept_style], true_style[kept_style])
         loss = 2 * style_loss
         loss = loss + F.cross_entropy(of_name, true_name, label_smoothing=0.05, ignore_index=-1)
@@ -252,7 +260,7 @@ def main() -> None:
             log(args.out, **record, **measure(averaged, pictures[held], style[held], name[held]))
             losses.clear()
     averaged.load_state_dict(judge.state_dict() | average.shadow)
-    sources = {"drawings": pictures[:good], "decoded": decoded}
+    sources = {"drawings": pictures[:good], "decoded": decoded[:good]}
     seen += total * args.batch
     write(averaged, args.to, sources, style[:good], name[:good], kept[:good], seen)
 

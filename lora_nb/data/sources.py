@@ -4,12 +4,14 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from lora_nb.data.decode import MAX_BYTES, SHRINK, BadPicture
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class FileSource(NamedTuple):
@@ -49,7 +51,7 @@ def _unreadable(error: OSError) -> BadPicture:
 class TableSource:
     """A picture inside a table of the `datasets` library, not decoded."""
 
-    table: datasets.Dataset
+    table: "datasets.Dataset"
     column: str
     number: int
     home: Path | None  # pictures beside the table may lie here, and in the caches of the Hub
@@ -61,8 +63,10 @@ class TableSource:
             return value["bytes"]
         if not value.get("path"):
             raise BadPicture("has no picture", "remove the row")
+        from datasets import config
+
         file = Path(value["path"]).resolve()
-        homes = [self.home, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+        homes = [self.home, HF_HUB_CACHE, config.HF_DATASETS_CACHE]
         if not any(file.is_relative_to(Path(home).resolve()) for home in homes if home):
             raise BadPicture(
                 "names a file outside the data set", "store the picture itself in the table"

@@ -38,11 +38,11 @@ def second_version(modules: dict[str, torch.nn.Module]) -> tuple[str, str] | Non
     return "sd_v2", "stable-diffusion-v2-512"
 
 
-# What a part's keys may begin with in a Kohya file, whatever the family.
+# What a part's keys may begin with in a Kohya file, whatever the family; `lycoris` where LyCORIS trained by itself.
 KOHYA_PREFIXES = {
-    "unet": ("lora_unet",),
-    "transformer": ("lora_unet", "lora_transformer"),
-    "prior": ("lora_unet", "lora_prior_unet"),
+    "unet": ("lora_unet", "lycoris"),
+    "transformer": ("lora_unet", "lora_transformer", "lycoris"),
+    "prior": ("lora_unet", "lora_prior_unet", "lycoris"),
     "text_encoder": ("lora_te", "lora_te1"),
     "text_encoder_2": ("lora_te2",),
     "text_encoder_3": ("lora_te3",),

@@ -1,7 +1,8 @@
 """LoRA files: read any known form, write diffusers and Kohya, say what a file holds, compute with what is in it.
 
-`header` is the outside of a file, `reading` finds a place for every tensor, `weights` is a LoRA as numbers, `writing`
-and `kohya` write, `inspecting` describes, `algebra` adds, concatenates, resizes, extracts and merges,
+`header` is the outside of a file, `spelling` knows every name of a layer, `placing` looks the keys up, `reading` makes
+adapters of them or refuses, `lokr` knows Kronecker products, `weights` is a LoRA as numbers, `writing` and `kohya`
+write, `inspecting` describes in a `file_report`, `algebra` adds, concatenates, resizes, extracts and merges,
 `subspaces` looks at singular values and overlaps.
 A file is safetensors, never a pickle. Without the adapter metadata readers take alpha = rank, so it is always written.
 """
@@ -15,8 +16,9 @@ from lora_nb.formats.algebra import (
     spectrum,
     undo,
 )
+from lora_nb.formats.file_report import FileReport, ModuleReport, PartReport
 from lora_nb.formats.header import ADAPTER_METADATA, FILE_NAME, adapter_file, read_header
-from lora_nb.formats.inspecting import FileReport, ModuleReport, PartReport, inspect
+from lora_nb.formats.inspecting import inspect
 from lora_nb.formats.kohya import DTYPES, KOHYA_FILE, save_kohya
 from lora_nb.formats.reading import Plan, plan
 from lora_nb.formats.subspaces import (

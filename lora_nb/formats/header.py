@@ -1,7 +1,7 @@
 """The outside of a LoRA file: safetensors and nothing else, its header, and what the ending of a key says."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from lora_nb.errors import FormatError, LoraNbError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+RAW_PEFT = "base_model.model."  # before the keys of a file that peft itself has written
 ADAPTER_METADATA = "lora_adapter_metadata"
 FAMILY = "family"  # our own entry of the header: which model family the file was trained for
 
@@ -31,11 +32,17 @@ ENDINGS = {
     ".lora_down.weight": ("kohya", "lora_A"),
     ".lora_up.weight": ("kohya", "lora_B"),
     ".dora_scale": ("kohya", "magnitude"),
+    ".lokr_w1": ("lycoris", "lokr_w1"),
+    ".lokr_w1_a": ("lycoris", "lokr_w1_a"),
+    ".lokr_w1_b": ("lycoris", "lokr_w1_b"),
+    ".lokr_w2": ("lycoris", "lokr_w2"),
+    ".lokr_w2_a": ("lycoris", "lokr_w2_a"),
+    ".lokr_w2_b": ("lycoris", "lokr_w2_b"),
+    ".lokr_t2": ("lycoris", "lokr_t2"),
     ".alpha": ("kohya", "alpha"),
 }
-# Adapters that are no product of two matrices, by what their keys look like.
+# Adapters that cannot be read here, by what their keys look like.
 OTHER_METHODS = {
-    r"\.lokr_": "LoKr",
     r"\.hada_": "LoHa",
     r"\.oft_": "OFT",
     r"\.boft_": "BOFT",
@@ -81,25 +88,30 @@ def understood(file: str | Path) -> Iterator[None]:
 
 def adapter_file(path: str | Path) -> Path:
     """The LoRA file that a path means, itself or in the folder of a run; raises FormatError if it is none."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / (PEFT_FILE if (path / PEFT_FILE).is_file() else FILE_NAME)
+    path = inside(path)
     read_header(path)  # refuses pickles by their first bytes, and all that is no safetensors file
     if path.suffix != ".safetensors":
         raise FormatError(f"{path.name} must end in .safetensors to be read; rename it.")
     return path
 
 
+def inside(path: str | Path) -> Path:
+    """The path, or in a folder the file that a run or peft has put there."""
+    path = Path(path)
+    if path.is_dir():
+        return path / (PEFT_FILE if (path / PEFT_FILE).is_file() else FILE_NAME)
+    return path
+
+
 def read_header(file: str | Path) -> tuple[dict[str, str], list[str]]:
     """Metadata and tensor names of a safetensors file; raises FormatError for anything else."""
-    path = Path(file)
-    if path.is_dir():
-        path = path / FILE_NAME
+    path = inside(file)
     if not path.is_file():
         raise FormatError(f"There is no LoRA file {file}; give the path of a .safetensors file.")
     with open(path, "rb") as opened:
-        start = opened.read(2)
-    if start in PICKLES:
+        start = opened.read(9)
+    # A safetensors file begins with the length of its header in eight bytes, which may be any, and then a brace.
+    if start[:2] in PICKLES and start[8:] != b"{":
         raise FormatError(
             f"{file} is a pickle, which can run code when it is read, and is not opened; get the safetensors version."
         )
@@ -125,8 +137,13 @@ def split_key(key: str) -> tuple[str, str, str] | None:
     return None
 
 
+def holds_lokr(keys: Iterable[str]) -> bool:
+    """Whether some of the tensors are factors of Kronecker products."""
+    return any(".lokr_" in key for key in keys)
+
+
 def other_methods(keys: list[str]) -> list[str]:
-    """The names of what a file holds besides LoRA, sorted."""
+    """The names of what a file holds besides LoRA and LoKr, sorted."""
     found = {n for key in keys for look, n in OTHER_METHODS.items() if re.search(look, key)}
     return sorted(found)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,87 +12,21 @@ from safetensors.torch import load_file
 from lora_nb.errors import FormatError
 from lora_nb.families import REGISTRY
 from lora_nb.families.names import KOHYA_PREFIXES, recognise
+from lora_nb.formats import lokr
+from lora_nb.formats.file_report import FileReport, ModuleReport, PartReport
 from lora_nb.formats.header import (
     ADAPTER_METADATA,
     FAMILY,
-    FILE_NAME,
     PEFT_CONFIG,
+    RAW_PEFT,
+    holds_lokr,
+    inside,
     other_methods,
     read_header,
     split_key,
     understood,
 )
-from lora_nb.formats.reading import RAW_PEFT
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """The LoRA of one layer as the file spells its name; scale is what multiplies B A."""
-
-    part: str
-    layer: str
-    rank: int
-    alpha: float
-    scale: float
-    inputs: int
-    outputs: int
-
-
-@dataclass(frozen=True)
-class PartReport:
-    """One part of a LoRA file: how many layers, which ranks and alphas, how many weights."""
-
-    modules: int
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
-    parameters: int
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """What a LoRA file holds; `problems` names what is wrong with it, `lost` what a conversion drops, in sentences.
-
-    family, base: told by our own header, or by the layers and their sizes; "unknown" if nothing tells.
-    """
-
-    file: str
-    format: str
-    parts: dict[str, PartReport]
-    tensors: int
-    bytes: int
-    dtypes: tuple[str, ...]
-    metadata: dict[str, str]
-    problems: tuple[str, ...]
-    family: str
-    base: str
-    modules: tuple[ModuleReport, ...]
-    lost: dict[str, tuple[str, ...]]
-
-    def table(self, modules: bool = False) -> str:
-        """Plain text, a line per part; with modules=True also one per layer."""
-        size, kinds = f"{self.bytes / 1e6:.2f} MB", ", ".join(self.dtypes)
-        lines = [f"{self.file}: {self.format} LoRA, {size}, {self.tensors} tensors, {kinds}"]
-        lines.append(f"family {self.family}, base {self.base}")
-        lines.append(f"{'part':<16}{'layers':>8}{'rank':>10}{'alpha':>10}{'weights':>12}")
-        for part, report in self.parts.items():
-            ranks, alphas = (
-                ", ".join(f"{v:g}" for v in values) for values in (report.ranks, report.alphas)
-            )
-            lines.append(
-                f"{part:<16}{report.modules:>8}{ranks:>10}{alphas:>10}{report.parameters:>12,}"
-            )
-        if modules:
-            lines.append(f"{'rank':>6}{'alpha':>10}{'scale':>10}{'in':>7}{'out':>7}  layer")
-            lines += [
-                f"{m.rank:>6}{m.alpha:>10.4g}{m.scale:>10.4g}{m.inputs:>7}{m.outputs:>7}  {m.part} {m.layer}"
-                for m in self.modules
-            ]
-        shown = {k: v for k, v in self.metadata.items() if k not in ("format", ADAPTER_METADATA)}
-        lines += [f"{key}: {value[:100]}" for key, value in sorted(shown.items())]
-        for form, sentences in self.lost.items():
-            lines += [f"lost in {form}: {sentence}" for sentence in sentences]
-        lines += [f"problem: {problem}" for problem in self.problems]
-        return "\n".join(lines)
+from lora_nb.formats.placing import stands_alone
 
 
 def inspect(file: str | Path) -> FileReport:
@@ -103,7 +37,7 @@ def inspect(file: str | Path) -> FileReport:
 
 def _inspect(file: str | Path) -> FileReport:
     metadata, keys = read_header(file)
-    path = Path(file) / FILE_NAME if Path(file).is_dir() else Path(file)
+    path = inside(file)
     tensors = {key.removeprefix(RAW_PEFT): value for key, value in load_file(path).items()}
     settings = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
     if not settings and any(key.startswith(RAW_PEFT) for key in keys):
@@ -137,6 +71,7 @@ def _inspect(file: str | Path) -> FileReport:
         base=base,
         modules=tuple(modules),
         lost=_lost(tensors, metadata, settings, modules, forms, family),
+        method="LoKr" if holds_lokr(keys) else "LoRA",
     )
 
 
@@ -154,32 +89,38 @@ def _modules(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str], settings: dict
 ) -> tuple[list[ModuleReport], set[str], dict[str, int]]:
     """The layers, the forms of their keys, and the number of weights by part."""
-    bare = metadata.get("part", "model") if "lora_alpha" in settings else None
-    spelled = {key: split_key(key) for key in tensors}
-    forms: set[str] = set()
+    bare = metadata.get("part", "model") if stands_alone(settings) else None
+    layers: dict[tuple[str, str], dict[str, torch.Tensor]] = {}  # by stem and form
+    for key, tensor in tensors.items():
+        stem, form, role = split_key(key) or ("", "", "")
+        if role not in ("", "alpha", "magnitude"):
+            layers.setdefault((stem, form), {})[role] = tensor
     sizes: dict[str, int] = {}
     modules = []
-    for key, found in spelled.items():
-        if found is None or found[2] not in ("lora_A", "lora_B"):
-            continue
-        stem, form, role = found
-        part, layer = (bare, stem) if bare else _split(stem, form)
-        forms.add(form)
-        sizes[part] = sizes.get(part, 0) + tensors[key].numel()
-        if role == "lora_A":
-            down = tensors[key]
-            rank, alpha, scale = _scale(
-                tensors, settings, "" if bare else f"{part}.", stem, len(down)
-            )
-            up = next((tensors[k] for k, f in spelled.items() if f == (stem, form, "lora_B")), None)
-            outputs = 0 if up is None else up.shape[0]
-            modules.append(ModuleReport(part, layer, rank, alpha, scale, down.shape[1], outputs))
-    return modules, forms, sizes
+    for (stem, _), roles in layers.items():
+        part, layer = (bare, stem) if bare else _split(stem)
+        sizes[part] = sizes.get(part, 0) + sum(tensor.numel() for tensor in roles.values())
+        if (shape := _shape(roles)) is not None:
+            prefix = "" if bare else f"{part}."
+            alpha = tensors.get(stem + ".alpha")
+            rank, alpha, scale = _scale(roles, alpha, settings, prefix, stem)
+            modules.append(ModuleReport(part, layer, rank, alpha, scale, *shape))
+    return modules, {form for _, form in layers}, sizes
 
 
-def _split(stem: str, form: str) -> tuple[str, str]:
+def _shape(roles: lokr.Roles) -> tuple[int, int] | None:
+    """(inputs, outputs) of a layer's change; outputs 0 if B is missing, None if there is too little to tell."""
+    if lokr.complete(roles):
+        w1, w2 = lokr.shapes(roles)
+        return (w1[1] * w2[1], w1[0] * w2[0]) if w1 and w2 else None
+    if "lora_A" not in roles:
+        return None
+    return roles["lora_A"].shape[1], len(roles["lora_B"]) if "lora_B" in roles else 0
+
+
+def _split(stem: str) -> tuple[str, str]:
     """Part and layer of a key without its ending."""
-    if form == "kohya":
+    if "." not in stem:
         for part, prefixes in KOHYA_PREFIXES.items():
             for prefix in sorted(prefixes, reverse=True):  # lora_te1 before lora_te
                 if stem.startswith(prefix + "_"):
@@ -189,17 +130,31 @@ def _split(stem: str, form: str) -> tuple[str, str]:
 
 
 def _scale(
-    tensors: dict[str, torch.Tensor], settings: dict, prefix: str, stem: str, rank: int
+    roles: lokr.Roles, alpha: torch.Tensor | None, settings: dict, prefix: str, stem: str
 ) -> tuple[int, float, float]:
     """(rank, alpha, scale): alpha from the file's own tensor, else from the settings, else the rank."""
-    if stem + ".alpha" in tensors:
-        alpha = float(tensors[stem + ".alpha"])
-        return rank, alpha, alpha / rank
-    alpha = settings.get(f"{prefix}lora_alpha", rank)
-    patterns = settings.get(f"{prefix}alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(patterns, stem.removeprefix(prefix)), alpha))
+    product = lokr.is_lokr(roles)
+    rank = lokr.rank(roles) if product else len(roles["lora_A"])
+    if alpha is not None:
+        scale = lokr.scale(roles | {"alpha": alpha}) if product else float(alpha) / rank
+        return rank, float(alpha), scale
+    name = stem.removeprefix(prefix)
+    divisor = rank
+    if product:  # peft divides by the config's rank also where both factors are whole
+        divisor = _setting(settings, prefix, "r", "rank_pattern", name, rank or 1)
+    key = "alpha" if product else "lora_alpha"
+    value = float(_setting(settings, prefix, key, "alpha_pattern", name, divisor))
     rslora = settings.get(f"{prefix}use_rslora")
-    return rank, alpha, alpha / (math.sqrt(rank) if rslora else rank)
+    return rank, value, value / (math.sqrt(divisor) if rslora else divisor)
+
+
+def _setting(
+    settings: dict, prefix: str, name: str, pattern: str, layer: str, default: float
+) -> float:
+    """A layer's rank or alpha: from the pattern that fits its name, else from the setting, else the default."""
+    patterns = settings.get(f"{prefix}{pattern}") or {}
+    value = settings.get(f"{prefix}{name}", default)
+    return patterns.get(get_pattern_key(patterns, layer), value)
 
 
 def _problems(tensors: dict[str, torch.Tensor], forms: set[str], settings: dict) -> list[str]:
@@ -213,11 +168,18 @@ def _problems(tensors: dict[str, torch.Tensor], forms: set[str], settings: dict)
     strange = [key for key in tensors if split_key(key) is None and not other_methods([key])]
     if strange:
         problems.append(f"{len(strange)} tensors are of no known form, such as {strange[0]}")
-    if "kohya" not in forms and not settings:
+    if holds_lokr(tensors) and _has_magnitudes(tensors):
+        problems.append("it is a LoKr with DoRA magnitudes, which cannot be read here")
+    stated = settings or "kohya" in forms or any(key.endswith(".alpha") for key in tensors)
+    if not stated:
         problems.append(
             "no adapter metadata: readers take alpha = rank, which may not be how it was trained"
         )
     return problems
+
+
+def _has_magnitudes(keys: Iterable[str]) -> bool:
+    return any((split_key(key) or ("", "", ""))[2] == "magnitude" for key in keys)
 
 
 def _lost(
@@ -229,7 +191,12 @@ def _lost(
     family: str,
 ) -> dict[str, tuple[str, ...]]:
     """What a conversion to the other form would drop or fold, by that form."""
-    dora = any((split_key(key) or ("", "", ""))[2] == "magnitude" for key in tensors)
+    if holds_lokr(tensors):
+        all_of_it = (
+            "everything: LoKr is a Kronecker product and no B A of low rank, the export is refused"
+        )
+        return {"diffusers": (all_of_it,), "kohya": (all_of_it,)}
+    dora = _has_magnitudes(tensors)
     if "kohya" in forms:
         lost = []
         if entries := [k for k in metadata if k.startswith(("ss_", "sshs_", "modelspec."))]:

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save
 from lora_nb import adapters
 from lora_nb.errors import FormatError, NumericsError
 from lora_nb.files import write_atomically
+from lora_nb.formats import lokr
 from lora_nb.formats.header import (
     ADAPTER_METADATA,
     adapter_file,
     first,
+    holds_lokr,
     read_header,
     split_key,
     understood,
@@ -59,7 +61,8 @@ Weights = dict[str, dict[str, Pair]]  # part -> layer -> pair
 def weights_of_modules(
     modules: dict[str, torch.nn.Module], adapter: str = adapters.ADAPTER
 ) -> Weights:
-    """The LoRA that sits on modules, by part; raises FormatError for what is no plain LoRA (DoRA, biases)."""
+    """The LoRA that sits on modules, by part; raises FormatError for what is no plain LoRA (DoRA, LoKr, biases)."""
+    lokr.refuse(modules, adapter)
     weights: Weights = {}
     for part, module in modules.items():
         for name, layer in adapters.layers(module):
@@ -88,7 +91,7 @@ def read_weights(file: str | Path, pipeline: Any = None) -> Weights:
     """The LoRA of a file, which may be of any form if the pipeline is given that it was made for.
 
     Without one the file must name its parts and layers by itself, as diffusers and peft files do.
-    Raises FormatError if it does not, and for DoRA.
+    Raises FormatError if it does not, and for DoRA and LoKr.
     """
     with understood(file):
         return _read_weights(file, pipeline)
@@ -96,6 +99,10 @@ def read_weights(file: str | Path, pipeline: Any = None) -> Weights:
 
 def _read_weights(file: str | Path, pipeline: Any) -> Weights:
     path = adapter_file(file)
+    if holds_lokr(read_header(path)[1]):
+        raise FormatError(
+            f"{path.name} is a LoKr, whose changes are Kronecker products and no B A of low rank; use it as it is."
+        )
     places = plan(pipeline, path) if pipeline is not None else _plan_alone(path)
     weights: Weights = {}
     for part, (config, state) in places.items():

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from lora_nb import adapters
 from lora_nb.families import Family
 from lora_nb.files import write_atomically
+from lora_nb.formats import lokr
 from lora_nb.formats.header import ADAPTER_METADATA, FAMILY, FILE_NAME
 from lora_nb.formats.weights import plain, refuse_infinite
 
@@ -17,13 +18,15 @@ from lora_nb.formats.weights import plain, refuse_infinite
 def save_adapter(family: Family, folder: str | Path, extra: dict[str, str] | None = None) -> Path:
     """Write the family's adapters as pytorch_lora_weights.safetensors, float32, atomically; returns the path.
 
-    extra: further strings for the header. Raises NumericsError, and writes nothing, if a weight is not finite.
+    extra: further strings for the header. Raises NumericsError, and writes nothing, if a weight is not finite, and
+    FormatError for a LoKr.
     """
     return save_diffusers(family, Path(folder) / FILE_NAME, extra)
 
 
 def save_diffusers(family: Family, file: str | Path, extra: dict[str, str] | None = None) -> Path:
     """As `save_adapter`, under any file name."""
+    lokr.refuse(family.trainable, adapters.ADAPTER)
     tensors: dict[str, torch.Tensor] = {}
     described: dict[str, object] = {}
     header = {"format": "pt", FAMILY: family.name}

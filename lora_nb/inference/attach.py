@@ -1,21 +1,23 @@
 """Adapters on a pipeline: load, combine, scale, merge, remove. Whether a file fits is decided in `formats`."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
-from peft import set_peft_model_state_dict
+from peft import PeftType, set_peft_model_state_dict
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 
-from lora_nb import adapters
-from lora_nb.errors import ConfigError
+from lora_nb.errors import ConfigError, FormatError
 from lora_nb.families import load_family
-from lora_nb.formats import adapter_file, plan
+from lora_nb.formats import Plan, adapter_file, lokr, plan
 from lora_nb.formats.weights import scale_of
+
+Layer = LoraLayer | LoKrLayer  # its `scaling` names the adapters on it
 
 Factor = float | Mapping[str, float]  # of all of an adapter, or by block, such as unet.mid_block
 Scale = float | Mapping[str, Factor]  # one for every adapter, or one for each adapter name
@@ -46,13 +48,16 @@ def load_pipeline(
 def use_adapter(
     pipeline: Any, path: str | Path, name: str = "default", scale: float = 1.0
 ) -> dict[str, int]:
-    """Put a LoRA file on a pipeline; returns how many tensors each part took, together all of them.
+    """Put a LoRA or LoKr file on a pipeline; returns how many tensors each part took, together all of them.
 
     Adapters of other names stay and add up; one of the same name is replaced.
     Raises FormatError, with the pipeline as it was, if the file is no safetensors, is incomplete,
-    holds a number that is not finite, or has a tensor that the pipeline has no place for.
+    holds a number that is not finite, or has a tensor that the pipeline has no place for, and for a LoKr where a LoRA
+    stays or the other way round.
     """
-    places = plan(pipeline, adapter_file(path))
+    file = adapter_file(path)
+    places = plan(pipeline, file)
+    _refuse_two_kinds(pipeline, file, places, name)
     if name in adapter_names(pipeline):
         remove_adapter(pipeline, name)
     for part, (config, state) in places.items():
@@ -61,12 +66,26 @@ def use_adapter(
             warnings.simplefilter("ignore", UserWarning)  # a second adapter is meant
             # Draws start values; the next line puts the file's in their place.
             module.add_adapter(config, adapter_name=name)
-        set_peft_model_state_dict(module, state, adapter_name=name)
+        if config.peft_type == PeftType.LOKR:
+            lokr.fill(module, name, state)
+        else:
+            set_peft_model_state_dict(module, state, adapter_name=name)
         module.train(module.training)  # new layers start in training mode, where dropout is on
     for layer in layers(pipeline):
-        layer.set_adapter(sorted(layer.lora_A), inference_mode=True)  # all of them, not the newest
+        layer.set_adapter(sorted(layer.scaling), inference_mode=True)  # all of them, not the newest
     set_scale(pipeline, {name: scale})
     return {part: len(state) for part, (_, state) in places.items()}
+
+
+def _refuse_two_kinds(pipeline: Any, file: Path, places: Plan, name: str) -> None:
+    """peft puts adapters of one kind on a model."""
+    for part, (config, _) in places.items():
+        for other, there in getattr(getattr(pipeline, part), "peft_config", {}).items():
+            if other != name and there.peft_type != config.peft_type:
+                raise FormatError(
+                    f"{file.name} is a {config.peft_type.value} for {part}, which carries the "
+                    f"{there.peft_type.value} {other}, and the two kinds cannot share a model; remove {other} first."
+                )
 
 
 def remove_adapter(pipeline: Any, name: str | None = None) -> None:
@@ -85,21 +104,23 @@ def swap_adapter(
     """`use_adapter` in the place of the adapter of the same name: no layer is made if layers and ranks are the same.
 
     The weights are then copied into those that are there, so memory does not grow and a compiled network stays valid.
+    DoRA and LoKr make new layers.
     """
     places = plan(pipeline, adapter_file(path))
     there = {
         f"{part}.{layer}": module
         for part, layer, module in named_layers(pipeline)
-        if name in module.lora_A
+        if name in module.scaling
     }
+    if _no_plain_lora(there.values(), places, name):
+        return use_adapter(pipeline, path, name, scale)
     shapes = {key: _shapes(module, name) for key, module in there.items()}
     wanted: dict[str, list[torch.Size]] = {}
     for part, (_, state) in places.items():
         for key, tensor in sorted(state.items()):
             layer, _, _ = key.partition(".lora_")
             wanted.setdefault(f"{part}.{layer}", []).append(tensor.shape)
-    dora = any(name in module.lora_variant for module in there.values())
-    if shapes != wanted or dora or any(config.use_dora for config, _ in places.values()):
+    if shapes != wanted:
         return use_adapter(pipeline, path, name, scale)
     with torch.no_grad():
         for part, (config, state) in places.items():
@@ -114,6 +135,13 @@ def swap_adapter(
                 getattr(module, "use_rslora", {})[name] = False  # folded into alpha above
     set_scale(pipeline, {name: scale})
     return {part: len(state) for part, (_, state) in places.items()}
+
+
+def _no_plain_lora(there: Iterable[Layer], places: Plan, name: str) -> bool:
+    """Whether what is on the pipeline, or what is to come, is a LoKr or a DoRA."""
+    if any(isinstance(layer, LoKrLayer) or name in layer.lora_variant for layer in there):
+        return True
+    return any(c.peft_type == PeftType.LOKR or c.use_dora for c, _ in places.values())
 
 
 def _shapes(layer: LoraLayer, name: str) -> list[torch.Size]:
@@ -138,7 +166,7 @@ def set_scale(pipeline: Any, scale: Scale) -> None:
     found = [(f"{part}.{layer}", module) for part, layer, module in named_layers(pipeline)]
     for adapter, factor in scales.items():
         for block in factor if isinstance(factor, Mapping) else ():
-            if not any(_within(name, block) for name, m in found if adapter in m.lora_A):
+            if not any(_within(name, block) for name, m in found if adapter in m.scaling):
                 raise ConfigError(
                     f"The adapter {adapter} has no layer in {block}; name a part or block such as "
                     f"{'.'.join(found[0][0].split('.')[:2])}."
@@ -161,7 +189,7 @@ def _factor(name: str, factor: Factor) -> float:
 
 def adapter_names(pipeline: Any) -> list[str]:
     """The names of the adapters that sit on the pipeline, sorted."""
-    return sorted({name for layer in layers(pipeline) for name in layer.lora_A})
+    return sorted({name for layer in layers(pipeline) for name in layer.scaling})
 
 
 @contextmanager
@@ -190,16 +218,17 @@ def modules(pipeline: Any) -> list[torch.nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
-def layers(pipeline: Any) -> list[LoraLayer]:
-    return [m for part in modules(pipeline) for m in part.modules() if isinstance(m, LoraLayer)]
+def layers(pipeline: Any) -> list[Layer]:
+    return [m for part in modules(pipeline) for m in part.modules() if isinstance(m, Layer)]
 
 
-def named_layers(pipeline: Any) -> Iterator[tuple[str, str, LoraLayer]]:
+def named_layers(pipeline: Any) -> Iterator[tuple[str, str, Layer]]:
     """Part, name and layer of everything that carries an adapter."""
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
-            for name, layer in adapters.layers(module):
-                yield part, name, layer
+            for name, layer in module.named_modules():
+                if isinstance(layer, Layer):
+                    yield part, name, layer
 
 
 @contextmanager

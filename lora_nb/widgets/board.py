@@ -102,7 +102,9 @@ class LiveBoard:
     def _draw(self) -> None:
         self._due = _after(self._show_head, self._every)
         if time.monotonic() >= self._figure_due:
-            self._figure_due = _after(lambda: self._show_figure(SHARPNESS), self._every)
+            due = _after(lambda: self._show_figure(SHARPNESS), self._every)
+            # Before the second step there is no curve, so the one figure without any is replaced at the next look.
+            self._figure_due = due if len(self.standing.read().steps) > 1 else 0.0
 
     def _show_head(self) -> None:
         standing = self.standing.read()

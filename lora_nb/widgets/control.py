@@ -22,11 +22,12 @@ ENABLED = {  # by state, the buttons that can be pressed
     background.FINISHED: (),
     background.FAILED: ("Start",),
 }
+ONWARD = "press Start, or run the cell again, to go on"
 SAID = {
     background.READY: "ready: press Start",
     background.LOADING: "loading the base model ...",
     background.PAUSED: "paused after step {step}; its checkpoint is written",
-    background.STOPPED: "stopped after step {step}; press Start, or run the cell again, to go on",
+    background.STOPPED: f"stopped after step {{step}}; {ONWARD}",
 }
 
 
@@ -97,6 +98,7 @@ class BackgroundBoard(BackgroundTraining):
         if state != background.READY:
             self.board.show(self._note())
         if state in (background.STOPPED, background.FINISHED):
+            self.board.standing.onward = ONWARD
             self.board.close()
 
     def _note(self) -> str:

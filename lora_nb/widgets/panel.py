@@ -202,6 +202,9 @@ class ConfigPanel:
         return (*self._family.targets[part], *wide)
 
     def _show(self) -> None:
+        # What would have no effect cannot be moved by hand.
+        self.controls["lr_warmup_steps"].disabled = self._config.lr_scheduler == "constant"
+        self.controls["own_targets"].disabled = self.controls["target_modules"].value != OWN
         self.numbers.value = self._numbers()
         self.cost.value = self._cost()
         if self._sweep is not None:

@@ -34,7 +34,7 @@ def _header(part: str, rows: list[adapters.ModuleCount]) -> int:
 
 
 def rate_curve(config: TrainConfig, width: int = 240, height: int = 60) -> str:
-    """A small picture of the learning rate over the steps, and its peak in words."""
+    """A small picture of the learning rate over the steps with both ends of its axes, and its peak in words."""
     total = config.max_train_steps
     if total is None:
         return f"learning rate {config.learning_rate:.3g}, {config.lr_scheduler}; steps follow from the epochs"
@@ -42,13 +42,24 @@ def rate_curve(config: TrainConfig, width: int = 240, height: int = 60) -> str:
     factors = [factor(step) for step in range(total)]
     points = [(i, factors[i * (total - 1) // width]) for i in range(width + 1)]
     top = max(1.0, *factors)
-    line = " ".join(f"{4 + x},{4 + (height - 8) * (1 - y / top):.1f}" for x, y in points)
+    left, bottom, right = 56, height + 6, 56 + width
+    line = " ".join(f"{left + x},{6 + height * (1 - y / top):.1f}" for x, y in points)
+    ends = (
+        (left - 5, 10, f"{config.learning_rate * top:.3g}"),
+        (left - 5, bottom, "0"),
+        (left + 36, bottom + 14, "step 1"),
+        (right, bottom + 14, f"{total}"),
+    )
+    words = "".join(f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in ends)
     drawing = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 8}" height="{height}">'
-        f'<path d="M4 {height - 4}H{width + 4}M4 4V{height - 4}" stroke="#b8b8b8" fill="none"/>'
-        f'<polyline points="{line}" stroke="#0072b2" stroke-width="2" fill="none"/></svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right + 8}" height="{bottom + 20}">'
+        f'<path d="M{left} {bottom}H{right}M{left} 6V{bottom}" stroke="#b8b8b8" fill="none"/>'
+        f'<polyline points="{line}" stroke="#0072b2" stroke-width="2" fill="none"/>'
+        f'<g font-family="sans-serif" font-size="11" fill="#808080" text-anchor="end">{words}</g></svg>'
     )
     said = f"learning rate at most {config.learning_rate * max(factors):.3g} in {total} steps"
+    if min(factors) == max(factors):
+        said = f"learning rate {config.learning_rate:.3g} in all {total} steps"
     if max(factors) < 1:
         said += f"; it never reaches {config.learning_rate:.3g}, the warm-up is longer than the run"
     return f"{img(drawing.encode(), 'svg+xml', 'alt=learning-rate-curve')}<br>{escape(said)}"

@@ -27,6 +27,7 @@ class Standing:
         self._began: tuple[float, int] | None = None
         self.events: list[dict[str, Any]] = []
         self.note = ""  # what the owner of the training adds, such as "paused"
+        self.onward = "run this cell again to go on"  # what one does after a stop
 
     def read(self) -> "Standing":
         """Take in what the history says now."""
@@ -141,7 +142,7 @@ class Standing:
             watched = self._began is not None and self._began[1] < self.done
             return f"finished in {clock(self._spent())}" if watched else "finished"
         if closed:
-            return f"stopped after step {self.done}; run this cell again to go on"
+            return f"stopped after step {self.done}; {self.onward}"
         left = self.seconds_left()
         if left is None:
             return "the clock starts now"

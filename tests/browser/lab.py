@@ -176,6 +176,11 @@ class Lab:
         """The sources of the pictures below a cell."""
         return self.output(cell).locator("img").evaluate_all("all => all.map(i => i.src)")
 
+    def finished_figure(self, cell: int) -> bool:
+        """Whether the picture below a cell is the sharp one that a board leaves at its end."""
+        drawn = "all => all.some(i => i.naturalWidth > 1.9 * i.getAttribute('width'))"
+        return self.output(cell).locator("img").evaluate_all(drawn)
+
     def show(self, cell: int, name: str) -> None:
         """Scroll to a cell and keep a screenshot of the page."""
         self.page.locator(".jp-Notebook .jp-Cell").nth(cell).scroll_into_view_if_needed()

@@ -26,7 +26,7 @@ def cells_of(notebook: str, *ids: str) -> list[str]:
 def short_config(folder: Path, name: str):
     """The config that notebook 02 would leave, for a small number of short steps."""
     config = env.preset("tiny").config(
-        name, max_train_steps=STEPS, train_batch_size=2, num_inference_steps=3, rank=4
+        name, max_train_steps=STEPS, train_batch_size=2, num_inference_steps=8, rank=4
     )
     config = config.replace(output_dir=str(folder / "runs" / name))
     run_folder.save_config(config)
@@ -83,6 +83,7 @@ def test_board_moves_stops_goes_on_and_outlives_its_kernel(lab):
     assert stopped < STEPS
     assert "go on" in lab.text(cell)
     assert run_folder.read_history(folder)[-1]["event"] == "stop"
+    lab.until(lambda: lab.finished_figure(cell), "the last figure of the interrupted board")
     lab.show(cell, "2-board-interrupted")
 
     lab.start(cell)
@@ -97,6 +98,7 @@ def test_board_moves_stops_goes_on_and_outlives_its_kernel(lab):
     lab.start(cell)
     lab.until(lambda: step_on_board(lab.text(cell)), "a board after the kernel died")
     first = step_on_board(lab.text(cell))
+    lab.until(lambda: lab.pictures_in(cell), "its figure")
     lab.show(cell, "3-board-after-sigkill")
     lab.until(lambda: not lab.running(cell), "the training to end")
     assert first > saved
@@ -105,7 +107,7 @@ def test_board_moves_stops_goes_on_and_outlives_its_kernel(lab):
     assert [e["step"] for e in events if e["event"] == "resume"][-1] == saved
     assert steps_done(folder) == list(range(1, STEPS + 1))
     assert step_on_board(lab.text(cell)) == STEPS
-    assert lab.pictures_in(cell)
+    lab.until(lambda: lab.finished_figure(cell), "the last figure of the finished board")
     lab.show(cell, "4-board-finished")
 
 
@@ -225,6 +227,8 @@ def test_background_buttons_start_pause_go_on_and_stop(lab):
     at = last_step()
     assert (folder / "pytorch_lora_weights.safetensors").is_file()
     assert events()[-1] == "stop"
+    lab.until(lambda: lab.finished_figure(cell), "the last figure of the stopped board")
+    assert "press Start, or run the cell again, to go on" in lab.text(cell)
     lab.show(cell, "9-background-stopped")
 
     press("Start")

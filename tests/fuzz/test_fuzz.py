@@ -20,6 +20,7 @@ import torch
 from mutate import mutated
 from picture_folders import doctor, good
 from PIL import Image
+from safetensors import torch as safetensors
 
 from lora_nb import adapters, checkpoint
 from lora_nb.config import LoraSpec
@@ -33,6 +34,7 @@ from lora_nb.redaction import in_notebook
 from lora_nb.run_folder import read_config, read_history
 
 CRASHERS = Path(__file__).parent / "crashers"
+TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 SECONDS = [1.5, pytest.param(60, marks=pytest.mark.long)]
 EVERY_NAME = "pytorch_lora_weights.safetensors checkpoint-3 n.ipynb"
 Target = tuple[list[bytes], Callable[[bytes], object]]  # seeds and what reads a mutant
@@ -44,7 +46,18 @@ def pipeline_and_file(tiny_sd, tmp_path_factory):
     adapters.add(family, {"unet": LoraSpec(rank=2, lora_alpha=8, target_modules=("to_q",))})
     file = save_adapter(family, tmp_path_factory.mktemp("adapter"))
     adapters.remove(family)
-    return family.pipeline(), file.read_bytes()
+    weight = family.unet.get_parameter(f"{TO_Q}.weight")
+    rows, columns = weight.shape
+    factors = {
+        "lokr_w1": torch.ones(2, 2),
+        "lokr_w2_a": torch.ones(rows // 2, 3),
+        "lokr_w2_b": torch.ones(3, columns // 2),
+        "alpha": torch.tensor(1.0),
+    }
+    lokr = safetensors.save(
+        {f"lora_unet_{TO_Q.replace('.', '_')}.{name}": v for name, v in factors.items()}
+    )
+    return family.pipeline(), [file.read_bytes(), lokr]
 
 
 def refusal(look: Callable, *arguments: object) -> str:
@@ -58,8 +71,8 @@ def refusal(look: Callable, *arguments: object) -> str:
 
 @pytest.fixture
 def lora_file(pipeline_and_file, tmp_path) -> Target:
-    """A LoRA file, described and planned onto a pipeline."""
-    pipeline, data = pipeline_and_file
+    """A LoRA and a LoKr file, described and planned onto a pipeline."""
+    pipeline, seeds = pipeline_and_file
     file = tmp_path / "pytorch_lora_weights.safetensors"
 
     def read(mutant: bytes) -> None:
@@ -67,7 +80,7 @@ def lora_file(pipeline_and_file, tmp_path) -> Target:
         for look in (inspect, lambda path: plan(pipeline, adapter_file(path))):
             assert file.name in refusal(look, file)
 
-    return [data], read
+    return seeds, read
 
 
 @pytest.fixture

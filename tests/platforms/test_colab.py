@@ -3,6 +3,7 @@
 `make test-platforms` builds the environment (scripts/platforms.py) and runs these.
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -10,12 +11,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
+from test_notebooks import NOTEBOOKS, SHORT, with_parameters
 
 pytestmark = [pytest.mark.platforms, pytest.mark.timeout(900)]
 REPO = Path(__file__).resolve().parents[2]
@@ -52,16 +57,19 @@ def kernel(python: Path, folder: Path, monkeypatch, **environment: str) -> str:
     return "colablike"
 
 
-def run(cells: list[str], name: str, folder: Path) -> list[str]:
-    """Execute cells in a kernel of that name; what each printed or showed as text."""
-    notebook = new_notebook(cells=[new_code_cell(source) for source in cells])
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name=name, resources={"metadata": {"path": str(folder)}}
-    )
-    client.execute()
+def execute(sources: list[str], name: str, folder: Path) -> list[NotebookNode]:
+    """Run cells one after the other in one kernel of that name; the cells with their outputs."""
+    notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
+    place = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, kernel_name=name, resources=place).execute()
+    return notebook.cells
+
+
+def run(sources: list[str], name: str, folder: Path) -> list[str]:
+    """Run cells; what each printed or showed as text."""
     return [
         "".join(o.get("text") or str(o.get("data", {}).get("text/plain", "")) for o in c.outputs)
-        for c in notebook.cells
+        for c in execute(sources, name, folder)
     ]
 
 
@@ -115,7 +123,7 @@ def fresh(tmp_path) -> Path:
 
 
 TRAIN = """
-config = lora_nb.preset("tiny").config("mine", max_train_steps=2, train_batch_size=1)
+config = lora_nb.preset("tiny").config("mine", max_train_steps=2, train_batch_size=1, probe_size=2)
 print([step.step for step in lora_nb.train(config)], lora_nb.runs_dir())
 """
 
@@ -155,56 +163,88 @@ def test_setup_cell_on_a_fresh_machine(published, fresh, tmp_path, monkeypatch):
         assert "restart" not in printed
 
 
-def execute(stem: str, name: str, changes: dict[str, str], keep: tuple[str, ...] = ()) -> set[str]:
-    """Run a course notebook, or those of its cells, with other parameters; the kinds of output that it has."""
-    notebook = nbformat.read(REPO / "notebooks" / f"{stem}.ipynb", as_version=4)
-    if keep:
-        notebook.cells = [cell for cell in notebook.cells if cell.id in keep]
-    text = "\n".join(cell.source for cell in notebook.cells)
+def test_the_doctor_names_the_old_torchao_and_nothing_else(fresh):
+    """All other versions that Colab has are good enough, and the remedy is one that keeps torch as it is."""
+    code = (
+        "import lora_nb\n"
+        "print([(c.name, c.fix) for c in lora_nb.doctor() if not c.ok and c.name not in ('disk', 'memory')])"
+    )
+    here = os.environ | {"COLAB_RELEASE_TAG": "release-colab-2026.08", "PYTHONPATH": str(REPO)}
+    done = subprocess.run([fresh, "-c", code], env=here, capture_output=True, text=True)
+    ((name, fix),) = ast.literal_eval(done.stdout)
+    assert name == "torchao"
+    assert fix.endswith("run: pip uninstall -y torchao")
+
+
+def course(stem: str, changes: Mapping[str, str] = {}, keep: tuple[str, ...] = ()) -> list[str]:
+    """The code cells of a course notebook, or those of these ids, with other words in them."""
+    cells = nbformat.read(REPO / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    sources = [c.source for c in cells if c.cell_type == "code" and (c.id in keep or not keep)]
     for old, new in changes.items():
-        assert old in text
-        for cell in notebook.cells:
-            cell.source = cell.source.replace(old, new)
-    place = {"metadata": {"path": str(REPO / "notebooks")}}
-    NotebookClient(notebook, timeout=600, kernel_name=name, resources=place).execute()
-    return {key for c in notebook.cells for o in c.get("outputs", []) for key in o.get("data", {})}
+        assert old in "\n".join(sources)
+        sources = [source.replace(old, new) for source in sources]
+    return sources
+
+
+def kinds(cells: list[NotebookNode]) -> set[str]:
+    """The kinds of output that cells have."""
+    return {key for cell in cells for output in cell.outputs for key in output.get("data", {})}
 
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+def screen(runs: Path) -> dict[str, str]:
+    """The environment of a kernel with those runs, as if a person sat before it."""
+    here = {"LORA_NB_HEADLESS": "0", "CI": "", "OMP_NUM_THREADS": "1"}
+    return here | {"LORA_NB_RUNS": str(runs)}
+
+
 @pytest.fixture
 def colab(tmp_path, monkeypatch) -> str:
-    """A kernel with Colab's versions and a workspace of its own, as if a person sat before the screen."""
-    return kernel(
-        platforms.PYTHON,
-        tmp_path,
-        monkeypatch,
-        LORA_NB_RUNS=str(tmp_path / "runs"),
-        LORA_NB_HEADLESS="0",
-        CI="",
-        OMP_NUM_THREADS="1",
-    )
+    """A kernel with Colab's versions and a workspace of its own."""
+    return kernel(platforms.PYTHON, tmp_path, monkeypatch, **screen(tmp_path / "runs"))
 
 
-def test_panel_and_board_on_colabs_kernel(colab, tmp_path):
-    """Notebook 02 whole, and notebook 03's own cells that train with the board."""
-    assert WIDGET in execute("02_lora_config", colab, {})
-    cells = ("setup", "parameters", "config", "train")
-    more = {"from lora_nb import LiveBoard,": "from lora_nb import train, LiveBoard,"}
-    steps = {"train(config)": "train(config.replace(max_train_steps=4))"}
-    shown = execute("03_training", colab, more | steps, cells)
-    assert "image/png" in shown
-    assert WIDGET not in shown  # the board needs none, so it works where callbacks do not
+FEW = "max_train_steps=4, probe_size=2, num_inference_steps=1, num_validation_images=1"
+
+
+def test_setup_panel_and_board_on_colabs_kernel(colab, tmp_path):
+    """Notebooks 00 and 02 whole, then those cells of 03 that train with the board; in one kernel, which is quicker."""
+    parts = [
+        course("00_setup", {
+            "sampling = preset.sampling": "sampling = preset.sampling | {'num_inference_steps': 1}",
+            "lengths = [1, 2, 4, 8, 25]": "lengths = [1, 2]",
+        }),
+        course("02_lora_config"),
+        course("03_training", {
+            "from lora_nb import LiveBoard,": "from lora_nb import train, LiveBoard,",
+            "train(config)": f"train(config.replace({FEW}))",
+        }, ("setup", "parameters", "config", "train")),
+    ]  # fmt: skip
+    done = execute(list(chain(*parts)), colab, REPO / "notebooks")
+    first, panel, board = (kinds([done.pop(0) for _ in part]) for part in parts)
+    assert "image/png" in first
+    assert WIDGET in panel
+    assert "image/png" in board
+    assert WIDGET not in board  # the board needs none, so it works where callbacks do not
     assert (tmp_path / "runs" / "ink" / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("course")
+
+
 @pytest.mark.slow
-def test_the_training_notebook_on_colabs_kernel(colab, tmp_path):
-    """All of notebook 03, with six steps, on the config of notebook 02's cells."""
-    execute("02_lora_config", colab, {}, ("setup", "parameters", "layer", "panel", "save"))
-    assert "image/png" in execute("03_training", colab, {"STEPS = None": "STEPS = 6"})
-    assert (tmp_path / "runs" / "ink" / "report.html").is_file()
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_every_notebook_on_colabs_kernel(path, workspace, tmp_path, monkeypatch):
+    """In order, in one folder of runs; the chapters that take minutes as short as in make test."""
+    name = kernel(platforms.PYTHON, tmp_path, monkeypatch, **screen(workspace))
+    short = with_parameters(path, SHORT.get(path.stem, {}), tmp_path)
+    cells = [c for c in nbformat.read(short, as_version=4).cells if c.cell_type == "code"]
+    done = execute([cell.source for cell in cells], name, REPO / "notebooks")
+    assert kinds(done) & {"image/png", "text/html", WIDGET}
 
 
 def test_it_is_colabs(tmp_path, monkeypatch):
@@ -214,7 +254,7 @@ def test_it_is_colabs(tmp_path, monkeypatch):
     printed = subprocess.run(
         [platforms.PYTHON, "-c", code, *names, "torch"], capture_output=True, text=True, check=True
     ).stdout
-    found = eval(printed)
+    found = ast.literal_eval(printed)
     assert found.pop("torch").split("+")[0] == "2.13.0"
     for pin in platforms.pins():
         if "==" in pin:
