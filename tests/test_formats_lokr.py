@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from peft import LoKrConfig, get_peft_model_state_dict
 from peft.tuners.lokr import LoKrLayer
 from safetensors.torch import load_file
-from test_formats_reading import ATTENTION, FLUX, UNET, assert_loads, kohya, predicted, write
+from test_formats_reading import (
+    ATTENTION,
+    FLUX,
+    UNET,
+    assert_loads,
+    kohya,
+    predicted,
+    two_of_each,
+    write,
+)
 from test_formats_reading import drawn as drawn_lora
 
 from lora_nb import formats, inference
@@ -24,12 +33,7 @@ FORMS = ("pieces", "whole", "both", "left", "core")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two copies of each family by name: one to add the change to by hand, one to load the file into."""
-    out = {}
-    for name in ("sd", "sdxl", "flux"):
-        folder = tiny.build(name, tmp_path_factory.mktemp(name))
-        out[name] = tuple(load_family("auto", str(folder)) for _ in range(2))
-    return out
+    return two_of_each(tmp_path_factory)
 
 
 def product(w1, w2):

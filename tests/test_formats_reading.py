@@ -59,14 +59,18 @@ CHECKPOINT = {
 CONVOLUTIONS = [n for n in CHECKPOINT if "attentions" not in n]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def two_of_each(tmp_path_factory):
     """Two copies of each family by name: one to add the change to by hand, one to load the file into."""
     out = {}
     for name in ("sd", "sdxl", "flux"):
         folder = tiny.build(name, tmp_path_factory.mktemp(name))
         out[name] = tuple(load_family("auto", str(folder)) for _ in range(2))
     return out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return two_of_each(tmp_path_factory)
 
 
 def layers_of(name, text=ATTENTION):
