@@ -103,13 +103,13 @@ def _gradients(axes: Axes, steps: Sequence[Mapping], colours: Mapping[str, str])
         return
     plots._tidy(axes, "Gradient norm", "step", "")
     x = [line["step"] for line in steps]
+    norms = {part: [line["grad_norms"].get(part, 0.0) for line in steps] for part in colours}
     for part, colour in colours.items():
-        norms = [line["grad_norms"].get(part, 0.0) for line in steps]
-        axes.plot(x, norms, color=colour, linewidth=0.6, alpha=0.35)
-        axes.plot(x, plots.smooth(norms), color=colour, linewidth=1.6, label=part)
-    drawn = [line["grad_norms"].get(part, 0.0) for line in steps for part in colours]
-    if min(drawn) > 0:
-        plots._logarithmic(axes, min(drawn), max(drawn))
+        axes.plot(x, norms[part], color=colour, linewidth=0.6, alpha=0.35)
+        axes.plot(x, plots.smooth(norms[part]), color=colour, linewidth=1.6, label=part)
+    low, high = (end(map(end, norms.values())) for end in (min, max))
+    if low > 0:
+        plots.logarithmic(axes, low, high)
     axes.locator_params(axis="x", integer=True, nbins=5)
 
 

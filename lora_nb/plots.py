@@ -438,7 +438,7 @@ def _tidy(axes: Axes, title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def _logarithmic(axes: Axes, low: float, high: float) -> None:
+def logarithmic(axes: Axes, low: float, high: float) -> None:
     """A log axis from low to high with numbers on it, also where all lies within one power of ten."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
