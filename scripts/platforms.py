@@ -23,18 +23,25 @@ PYTHON = PLACE / "bin" / "python"
 # Of the record: the kernel with its widgets, the libraries of this project, and what these are made for.
 TAKEN = (
     "accelerate datasets diffusers huggingface_hub ipykernel ipython ipywidgets matplotlib numpy peft pillow tornado "
-    "traitlets transformers"
+    "traitlets transformers wandb"
 ).split()
 # What those need and the record does not tell, or the newer ones beside them need no longer.
 BESIDE = (
-    "jupyter_client==7.4.9 tokenizers==0.22.2 backcall decorator entrypoints ipython_genutils nest_asyncio pickleshare"
+    "jupyter_client==7.4.9 tokenizers==0.22.2 backcall decorator entrypoints ipython_genutils nest_asyncio pickleshare "
+    "sentry_sdk"
 ).split()
-# Adapters, files of every form, pipelines, the doctor, widgets; and which of these tests cost more than they show here.
+# The tracker that asks for an older pillow than the lock's, with what it needs to write (no server's extras).
+TRACKIO = (
+    "trackio==0.43.0 gradio_client==2.7.2 brotli==1.2.1 orjson==3.13.0 python-multipart==0.0.34 starlette==1.10.0 "
+    "uvicorn==0.54.0"
+).split()
+# Adapters, files of every form, pipelines, the doctor, widgets, trackers; and which of these tests cost more than they
+# show here.
 SHORT = (
     "test_adapters test_formats test_formats_reading test_formats_kohya test_inference test_env test_panel test_board "
-    "test_widgets"
+    "test_widgets test_trackers"
 ).split()
-COSTLY = "other_families or after_a_kill"
+COSTLY = "other_families or after_a_kill or tensorboard or wandb or second_loop or does_not_start"
 
 
 def build() -> None:
@@ -58,7 +65,7 @@ def build() -> None:
 def pins() -> list[str]:
     """What is installed, as pip takes it."""
     lines = RECORD.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.split("==")[0] in TAKEN] + BESIDE
+    return [line for line in lines if line.split("==")[0] in TAKEN] + BESIDE + TRACKIO
 
 
 def packages() -> Path:

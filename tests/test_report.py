@@ -95,6 +95,18 @@ def last_probe(run: Path) -> dict:
     return [line for line in lines if line["event"] == "probe"][-1]
 
 
+def measured(run: Path) -> list[str]:
+    """What page and card say of the last probe: its error and the interval of the difference."""
+    probe = last_probe(run)
+    change, error = probe["difference"], probe["standard_error"]
+    low, high = change - 1.96 * error, change + 1.96 * error
+    return [
+        f"{abs(change):.4f} {'lower' if change < 0 else 'higher'}",
+        f"standard error {error:.4f}",
+        f"95 % interval of the difference {low:+.4f} to {high:+.4f}",
+    ]
+
+
 class Balanced(html.parser.HTMLParser):
     """Fails on a tag that closes what is not open."""
 
@@ -126,16 +138,11 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(report):
 
 
 def test_page_says_what_was_trained_and_what_came_out(report, run):
-    text, probe = text_of(report), last_probe(run)
+    text = text_of(report)
     assert "rank 2 on the unet and rank 3 on the text_encoder" in text
     assert "trained on 5 pictures of pictures for 4 steps" in text
     assert "On 6 held-out pictures" in text
-    assert (
-        f"{abs(probe['difference']):.4f} {'lower' if probe['difference'] < 0 else 'higher'}" in text
-    )
-    assert f"standard error {probe['standard_error']:.4f}" in text
-    low, high = (probe["difference"] + sign * 1.96 * probe["standard_error"] for sign in (-1, 1))
-    assert f"95 % interval of the difference {low:+.4f} to {high:+.4f}" in text
+    assert all(words in text for words in measured(run))
     assert "rank 2, alpha 4, dropout 0, learning rate 0.0001" in text
     assert "base a fox" not in text  # labels and prompts are heads of rows and columns
     assert [label for label in ("base", "step 2", "step 4") if f">{label}</th>" not in report] == []
@@ -253,7 +260,8 @@ def test_card_is_complete(card, run):
         assert f"\n{part}\n" in card
     assert "TODO" not in card
     assert "None" not in card
-    assert f"{abs(last_probe(run)['difference']):.4f}" in card
+    result = card.split("\n## Result\n")[1].split("\n## ")[0]
+    assert all(words in result for words in measured(run))
     for name in re.findall(r"\]\((samples/[^)]+)\)", card):
         assert (run / name).is_file()
 

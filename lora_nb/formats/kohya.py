@@ -92,12 +92,12 @@ def kohya_name(family: Family, part: str, layer: str) -> str:
         raise FormatError(f"A Kohya file has no place for {part}; use the diffusers file.")
     if part.startswith("text_encoder"):
         name = f"text_model.{layer.removeprefix('text_model.')}"
+        if not name.startswith("text_model.encoder."):  # the projection: no reader has a name
+            name = None
     elif layout.compvis:
         name = compvis_name(family.trainable[part], layer)
-        if name is None:
-            raise FormatError(
-                f"A Kohya file has no name for {part}.{layer}; use the diffusers file."
-            )
+    if name is None:
+        raise FormatError(f"A Kohya file has no name for {part}.{layer}; use the diffusers file.")
     return f"{layout.prefixes[part]}_{name.replace('.', '_')}"
 
 

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import psutil
@@ -33,30 +34,23 @@ KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kerne
 
 
 class Lab:
-    """A running JupyterLab with one browser page; use as a context manager."""
+    """A running JupyterLab with one page of a browser; use as a context manager."""
 
-    def __init__(self, folder: Path, pictures: Path, environment: dict[str, str]):
+    def __init__(self, browser: Any, folder: Path, pictures: Path, environment: dict[str, str]):
         self.folder, self.pictures = folder, pictures
-        self._environment = environment
+        self._browser, self._environment = browser, environment
         self.pictures.mkdir(parents=True, exist_ok=True)
         self.errors: list[str] = []
 
     def __enter__(self) -> "Lab":
-        from playwright.sync_api import sync_playwright
-
         self._start_server()
-        self._playwright = sync_playwright().start()
-        self._browser = self._playwright.chromium.launch(
-            executable_path=CHROMIUM, headless=True, args=SWITCHES
-        )
         self.page = self._browser.new_page(viewport={"width": 1280, "height": 1400})
         self.page.set_default_timeout(1000 * PATIENCE)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._browser.close()
-        self._playwright.stop()
+        self.page.close()
         self._server.send_signal(signal.SIGTERM)
         try:
             self._server.wait(20)
