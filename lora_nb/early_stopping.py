@@ -70,6 +70,8 @@ def early_stop(
         so_far = verdict(read_history(folder))
         if so_far and so_far.since >= patience:
             return
+        if so_far and so_far.best == training.start_step and so_far.best:
+            formats.save_adapter(training.family, folder / BEST)  # a kill may have come before
         for step in steps:
             if step.probe is None:
                 yield step

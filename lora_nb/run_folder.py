@@ -29,12 +29,16 @@ FREE = {
 
 
 def read_config(folder: str | Path) -> TrainConfig:
-    """The resolved config of a run; raises CheckpointError if there is no run in the folder."""
+    """The resolved config of a run; raises CheckpointError if there is no run in the folder.
+
+    Its output_dir is that folder, also where the run was moved or copied since: what goes on from it goes on there.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(f"There is no run in {folder} (no {CONFIG}); train one there first.")
     # What is no UTF-8 shows as a wrong value.
-    return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"))
+    config = TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"))
+    return dataclasses.replace(config, output_dir=str(folder))
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:

@@ -164,7 +164,7 @@ class Lives:
 
     def __exit__(self, *failure: object) -> None:
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
         self._errors.close()
 
     def __call__(self, config, **job) -> int:

@@ -292,7 +292,8 @@ def test_kill_9_at_every_file_operation_of_a_run(config, lives, every):
     """From the lock at the start to the last line of the history, also while a killed run begins again."""
     config = config.replace(max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1)
     straight = config.replace(output_dir=config.output_dir + "-straight")
-    assert lives(straight) == 0, lives.said
+    for life in (config, straight):  # the first one also fills the cache, which is no part of a run
+        assert lives(life) == 0, lives.said
     names = json.loads(Path(straight.output_dir + ".log.operations").read_text())
     points, deaths = range(len(names), 0, -every), 0
     for k in points:

@@ -481,6 +481,21 @@ def test_stopping_early_leaves_a_run_that_goes_on(config):
     assert [step.step for step in inference.with_samples(again)] == [2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("last", [2, 3, 5])
+def test_a_run_that_goes_on_draws_what_is_missing_and_nothing_twice(config, last):
+    """At step 3 none are due; those of steps 2 and 5 are taken away, as by a kill while they were drawn."""
+    config = config.replace(checkpointing_steps=1)
+    for step in inference.with_samples(train(config)):
+        if step.step == last:
+            break
+    lines = (Path(config.output_dir) / "history.jsonl").read_text().splitlines()
+    lost = [line for line in lines if f'"samples", "step": {last},' not in line]
+    (Path(config.output_dir) / "history.jsonl").write_text("\n".join(lost) + "\n")
+    list(inference.with_samples(train(config)))
+    events = [e for e in read_history(config.output_dir) if e["event"] == "samples"]
+    assert [event["step"] for event in events] == [0, 2, 4, 5]
+
+
 def test_no_prompts_no_pictures(config):
     training = train(config.replace(validation_prompts=()))
     assert len(list(inference.with_samples(training))) == 5

@@ -317,3 +317,17 @@ def test_nothing_happens_while_the_probe_falls(config, tmp_path, recwarn):
     assert [step.step for step in early_stop(training, patience=1)] == [1, 2, 3]
     assert same(weights(training.folder / early_stopping.BEST), weights(training.folder))
     assert not [w for w in recwarn if "early" in str(w.message)]
+
+
+def test_a_best_adapter_that_a_kill_prevented_is_written_when_the_run_goes_on(config, tmp_path):
+    config = config.replace(
+        output_dir=str(tmp_path / "run"), probe_steps=2, max_train_steps=5, learning_rate=1e-3
+    )
+    for step in early_stop(train(config)):
+        if step.step == 2:
+            break
+    best = tmp_path / "run" / early_stopping.BEST / FILE_NAME
+    before = weights(best.parent)
+    best.unlink()
+    assert next(iter(early_stop(train(config)))).step == 3
+    assert same(weights(best.parent), before)

@@ -150,6 +150,13 @@ def test_a_seed_is_drawn_written_down_and_kept(config):
     assert train(config).config.seed == drawn
 
 
+def test_a_run_that_was_moved_goes_on_where_it_lies_now(config, tmp_path):
+    next(iter(train(config)))
+    moved = Path(config.output_dir).rename(tmp_path / "moved")
+    assert [step.step for step in train(run_folder.read_config(moved))] == [2, 3, 4]
+    assert not Path(config.output_dir).exists()
+
+
 def test_a_finished_run_does_nothing_more(config):
     list(train(config))
     before = (Path(config.output_dir) / "pytorch_lora_weights.safetensors").read_bytes()

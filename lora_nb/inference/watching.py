@@ -13,6 +13,7 @@ from lora_nb import adapters, trackers
 from lora_nb.errors import NumericsError
 from lora_nb.inference.attach import fused, modules
 from lora_nb.inference.drawing import generate
+from lora_nb.run_folder import read_history
 
 
 def with_samples(training: Any) -> Iterator[Any]:
@@ -21,19 +22,27 @@ def with_samples(training: Any) -> Iterator[Any]:
     First the base model's pictures (base-p0-s0.png); then the adapter's, every validation_steps
     steps or validation_epochs epochs and at the last step, before that step is passed on
     (step-000100-p0-s0.png). Picture s of a prompt has seed run seed + s in every set. Each set is a
-    line "samples" in history.jsonl. The training's random state, train or eval modes and adapters
-    are afterwards as before.
+    line "samples" in history.jsonl; a run that goes on draws what is missing there and nothing twice.
+    The training's random state, train or eval modes and adapters are afterwards as before.
     """
     config = training.config
     every = config.validation_steps or config.validation_epochs * training.steps_per_epoch
     draws = bool(config.validation_prompts) and training.accelerator.is_main_process
+
+    def draw(step: int) -> None:
+        if draws and (step % every == 0 or step == training.max_train_steps):
+            draw_samples(training, f"step-{step:06d}", step)
+
     with closing(iter(training)) as steps:
-        if draws and training.start_step < training.max_train_steps:
+        drawn = {e["step"] for e in read_history(training.folder) if e["event"] == "samples"}
+        done = training.start_step
+        if draws and 0 not in drawn and done < training.max_train_steps:
             with adapters.disabled(training.family):
                 draw_samples(training, "base", 0)
+        if drawn and done not in drawn:  # the checkpoint was kept, and a kill took its pictures
+            draw(done)
         for step in steps:
-            if draws and (step.step % every == 0 or step.step == training.max_train_steps):
-                draw_samples(training, f"step-{step.step:06d}", step.step)
+            draw(step.step)
             yield step
 
 
