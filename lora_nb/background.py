@@ -77,9 +77,9 @@ class BackgroundTraining:
         self._go.set()
 
     def multiply_learning_rate(self, factor: float) -> None:
-        """From the next step on all learning rates are `factor` times the config's; see Training."""
+        """From the next step on all learning rates are `factor` times the config's; see LearningRates."""
         if self.state in ALIVE and self.training is not None:
-            self.training.multiply_learning_rate(factor)
+            self.training.rates.multiply(factor)
         else:
             self._factor = factor
 
@@ -104,7 +104,7 @@ class BackgroundTraining:
         # A second start goes on: it must not begin anew, nor from an older checkpoint again.
         self.config = training.config.replace(overwrite=False, resume_from_checkpoint=None)
         if self._factor is not None:
-            training.multiply_learning_rate(self._factor)
+            training.rates.multiply(self._factor)
             self._factor = None
         self._enter(RUNNING)
         with closing(with_samples(training)) as steps:
@@ -120,11 +120,11 @@ class BackgroundTraining:
         if self._go.is_set():
             return
         self.training.save()
-        self.training.record("pause", step=self.training.done)
+        self.training.history.record("pause", step=self.training.done)
         self._enter(PAUSED)
         self._go.wait()
         if not self._stop.is_set():
-            self.training.record("go on", step=self.training.done)
+            self.training.history.record("go on", step=self.training.done)
             self._enter(RUNNING)
 
     def _enter(self, state: str) -> None:

@@ -5,8 +5,29 @@ Drawn with the strokes of `plots`, in one PNG: losses above, then learning rate,
 
 from collections.abc import Mapping, Sequence
 
-from lora_nb import plots
-from lora_nb.plots import FAINT, INK, MUTED, SERIES, Axes, Picture, Plot
+from lora_nb.metrics import smooth
+from lora_nb.plots.adapters import after_the_middle
+from lora_nb.plots.strokes import (
+    FAINT,
+    INK,
+    MUTED,
+    SERIES,
+    Axes,
+    Picture,
+    Plot,
+    draw_picture,
+    logarithmic,
+    nothing_yet,
+    tidy,
+    wrap,
+)
+from lora_nb.plots.training import (
+    draw_losses,
+    draw_probes,
+    draw_rates,
+    rates_by_part,
+    shown_samples,
+)
 from lora_nb.run_folder import by_step
 
 WIDTH = 9.4  # inches
@@ -27,7 +48,7 @@ def board_figure(
     """
     steps, probes = (list(by_step(events, kind).values()) for kind in ("step", "probe"))
     last = max((line["step"] for line in [*steps, *probes]), default=1)
-    strip = plots._strip(samples or {})
+    strip = shown_samples(samples or {})
     rows = max((len(column) for column in strip.values()), default=0)
     below = 0.34 + 0.98 * rows if rows else 0.0
     figure = Plot(WIDTH, 4.42 + below)
@@ -41,14 +62,12 @@ def board_figure(
     for row, prompt in enumerate(prompts[:rows]):
         middle = below - 0.2 - 0.98 * row - 0.46
         style = {"ha": "right", "rotation": 90, "fontsize": 7, "multialignment": "center"}
-        figure.write(0.5, middle, plots._wrap(prompt, 0.92), **style)
+        figure.write(0.5, middle, wrap(prompt, 0.92), **style)
     for column, (label, pictures) in enumerate(strip.items()):
         left = 0.62 + 1.08 * column + (0.12 if column else 0)
         figure.write(left + 0.49, below - 0.06, label, ha="center", color=MUTED, fontsize=8)
         for row, picture in enumerate(pictures):
-            plots._draw_picture(
-                figure.box(left, below - 0.2 - 0.98 * row - 0.92, 0.98, 0.92), picture
-            )
+            draw_picture(figure.box(left, below - 0.2 - 0.98 * row - 0.92, 0.98, 0.92), picture)
     return figure
 
 
@@ -61,15 +80,15 @@ def _colours(steps: Sequence[Mapping]) -> dict[str, str]:
 def _too_short(axes: Axes, title: str, steps: Sequence[Mapping]) -> bool:
     """Whether there is no curve yet; then the box says so."""
     if len(steps) < 2:
-        plots._tidy(axes, title, "step", "")
-        plots._nothing_yet(axes, "after two steps")
+        tidy(axes, title, "step", "")
+        nothing_yet(axes, "after two steps")
     return len(steps) < 2
 
 
 def _losses(axes: Axes, steps: Sequence[Mapping], events: Sequence[Mapping]) -> None:
     if _too_short(axes, "Training loss", steps):
         return
-    plots._draw_losses(axes, steps)
+    draw_losses(axes, steps)
     for event in events:
         if event["event"] in BRANCHINGS and event["step"] > 0:
             _mark(axes, event["step"], BRANCHINGS[event["event"]])
@@ -85,7 +104,7 @@ def _mark(axes: Axes, step: int, text: str) -> None:
 
 
 def _probes(axes: Axes, probes: Sequence[Mapping], last: int, best: int) -> None:
-    plots._draw_probes(axes, probes, last)
+    draw_probes(axes, probes, last)
     marked = [line for line in probes if line["step"] == best]
     if marked and len(probes) > 2:
         place = (best, marked[0]["difference"])
@@ -95,21 +114,21 @@ def _probes(axes: Axes, probes: Sequence[Mapping], last: int, best: int) -> None
 
 def _rates(axes: Axes, steps: Sequence[Mapping]) -> None:
     if not _too_short(axes, "Learning rate", steps):
-        plots._draw_rates(axes, plots._rates(steps), "step")
+        draw_rates(axes, rates_by_part(steps), "step")
 
 
 def _gradients(axes: Axes, steps: Sequence[Mapping], colours: Mapping[str, str]) -> None:
     if _too_short(axes, "Gradient norm", steps):
         return
-    plots._tidy(axes, "Gradient norm", "step", "")
+    tidy(axes, "Gradient norm", "step", "")
     x = [line["step"] for line in steps]
     norms = {part: [line["grad_norms"].get(part, 0.0) for line in steps] for part in colours}
     for part, colour in colours.items():
         axes.plot(x, norms[part], color=colour, linewidth=0.6, alpha=0.35)
-        axes.plot(x, plots.smooth(norms[part]), color=colour, linewidth=1.6, label=part)
+        axes.plot(x, smooth(norms[part]), color=colour, linewidth=1.6, label=part)
     low, high = (end(map(end, norms.values())) for end in (min, max))
     if low > 0:
-        plots.logarithmic(axes, low, high)
+        logarithmic(axes, low, high)
     axes.locator_params(axis="x", integer=True, nbins=5)
 
 
@@ -117,14 +136,14 @@ def _blocks(axes: Axes, steps: Sequence[Mapping], colours: Mapping[str, str]) ->
     """How far each block has come, as data flows through the parts."""
     measured = [line for line in steps if line.get("health")]
     step = f" (step {measured[-1]['step']})" if measured else ""
-    plots._tidy(axes, f"Change per block{step}", "", "|BA| / |W| (%)")
+    tidy(axes, f"Change per block{step}", "", "|BA| / |W| (%)")
     if not measured:
-        return plots._nothing_yet(axes, "not measured yet")
+        return nothing_yet(axes, "not measured yet")
     change = measured[-1]["health"]["change"]
     bars = [
         (part, block, 100 * blocks[block])
         for part, blocks in change.items()
-        for block in sorted(blocks, key=plots._after_the_middle)
+        for block in sorted(blocks, key=after_the_middle)
     ]  # in the colours of the learning rates
     axes.bar(range(len(bars)), [b[2] for b in bars], color=[colours[b[0]] for b in bars], width=0.7)
     named = len(bars) <= MOST_BARS

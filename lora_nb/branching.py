@@ -81,7 +81,7 @@ def replay(folder: str | Path, output_dir: str | Path) -> Iterator[Step]:
             continue
         part = config.replace(max_train_steps=event["max_train_steps"])
         training = _again(part, event["forked_from"]) if event is origin else train(part)
-        training.plan(run_folder.changes(events))
+        training.rates.plan(run_folder.changes(events))
         for done in training:
             yield done
             if done.step == following["step"]:
@@ -193,8 +193,9 @@ def _again(config: TrainConfig, origin: dict[str, Any]) -> Training:
 def _fitting(training: Training, saved: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors in the shapes of the new training."""
     before = TrainConfig.from_dict(saved.meta["config"])
-    old, new = adapters.named(training.family, before.lora), training.lora
-    mine = {f"adapter/{part}/{key}" for part, keys in training.untrained.items() for key in keys}
+    old, new = adapters.named(training.family, before.lora), training.learner.lora
+    fresh = training.learner.untrained
+    mine = {f"adapter/{part}/{key}" for part, keys in fresh.items() for key in keys}
     if mine != {name for name in saved.tensors if name.startswith("adapter/")}:
         raise ConfigError(
             "A fork keeps its parts and target_modules; train a new run for other layers."
@@ -204,18 +205,18 @@ def _fitting(training: Training, saved: checkpoint.Checkpoint) -> dict[str, torc
             "The 8-bit moments of use_8bit_adam cannot grow; fork with the old rank, or train with plain AdamW."
         )
     shrink = {part: old[part].scale / new[part].scale for part in old}
-    return run_state.grown(training.family, training.optimizer, saved.tensors, shrink)
+    return run_state.grown(training.family, training.learner.optimizer, saved.tensors, shrink)
 
 
 def _copy_past(saved: checkpoint.Checkpoint, parent: Path, training: Training) -> None:
     """The parent's history and samples up to the fork, so that the branch tells its whole story."""
-    step, changes = saved.step, training.changes
+    step, changes = saved.step, training.rates.changes
     events = [
         event
         for event in run_folder.read_history(parent)
         if (event["step"] in changes if event["event"] == "change" else event["step"] <= step)
     ]
-    fork = {"event": "fork", "step": step, "forked_from": training.forked_from}
+    fork = {"event": "fork", "step": step, "forked_from": training.checkpoints.forked_from}
     totals = {"max_train_steps": training.max_train_steps, "parameters": training.parameters}
     lines = "".join(json.dumps(event) + "\n" for event in [*events, fork | totals])
     write_atomically(training.folder / run_folder.HISTORY, lines)

@@ -91,4 +91,6 @@ def _end(training: Any, so_far: Verdict) -> None:
     if so_far.overfits:
         text = f"Overfit. {text}"
         warnings.warn(text, stacklevel=3)
-    training.record("alarm" if so_far.overfits else "early stop", step=training.done, message=text)
+    training.history.record(
+        "alarm" if so_far.overfits else "early stop", step=training.done, message=text
+    )

@@ -10,6 +10,8 @@ import os
 import secrets
 import socket
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,46 @@ class Lock:
             self.file.unlink()
             if self._new:
                 self.file.parent.rmdir()  # refuses unless empty
+
+
+class Claim:
+    """The lock of a training: taken while it is made, given back when its loop ends, taken again by the next loop.
+
+    Only the main process of a training claims the folder; for the others there is nothing to do.
+    """
+
+    def __init__(self, folder: Path, main: bool):
+        self.folder, self.main = folder, main
+
+    def take(self) -> None:
+        """Claim the folder, until `release` or the end of the training's life; raises as Lock does."""
+        if self.main:
+            self._lock = Lock(self.folder)
+            weakref.finalize(self, self._lock.release)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Claim the folder, and give it back at once if what is done inside fails."""
+        self.take()
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    def held(self) -> bool:
+        """Whether the claim still stands; see Lock."""
+        return not self.main or self._lock.held()
+
+    def refresh(self) -> None:
+        """A sign of life, now and then."""
+        if self.main:
+            self._lock.refresh()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self.main:
+            self._lock.release()
 
 
 def _make_way(file: Path) -> None:

@@ -83,6 +83,23 @@ class HistoryTail:
         return self.events
 
 
+class History:
+    """What a training writes into the history of its run; with several processes, only the main one does."""
+
+    def __init__(self, folder: Path, main: bool):
+        self.folder, self.main = folder, main
+
+    def record(self, event: str, **values: Any) -> None:
+        """Append an event; raises CheckpointError if the disk refuses."""
+        if self.main:
+            append(self.folder, {"event": event} | values)
+
+    def ends_at(self, step: int) -> bool:
+        """Whether it has the end of a run of so many steps."""
+        events = read_history(self.folder)
+        return any(e["event"] == "end" and e["step"] == step for e in events)
+
+
 def append(folder: Path, event: dict[str, Any]) -> None:
     """Add one line to the history; raises CheckpointError if the disk refuses."""
     try:

@@ -1,15 +1,25 @@
-"""How a training is asked to stop: the first interrupt lets the step finish, a second one does not wait.
+"""How a training is asked to stop: by a person, by a signal, or by the end of the platform's session.
 
-Signals reach a process's main thread only; what trains in another thread is asked before the process ends.
+The first interrupt lets the step finish, a second one does not wait. Signals reach a process's main thread only; what
+trains in another thread is asked before the process ends.
 """
 
 import atexit
+import math
 import os
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from lora_nb import env
+from lora_nb.run_folder import History
+
+# Seconds before the platform ends the session, at which a training saves and stops.
+BEFORE_THE_END = 600.0
 
 
 @contextmanager
@@ -50,3 +60,19 @@ def before_exit(save: Callable[[], None]) -> None:
             os.kill(os.getpid(), number)
 
         signal.signal(signal.SIGTERM, handle)
+
+
+def leave_by() -> float:
+    """When a training that begins now should save and stop, as time.time() counts; infinity without a limit."""
+    end = (env.session_end() or math.inf) - BEFORE_THE_END
+    return end if time.time() < end else math.inf  # it was asked for after that point
+
+
+def say_session_ends(done: int, history: History) -> None:
+    """Warn that training stops after step `done`, and put it into the run's history."""
+    text = (
+        f"This session ends in about {BEFORE_THE_END / 60:.0f} minutes, so training stops after step {done} with a "
+        "checkpoint; run the same again in a new session and it goes on."
+    )
+    history.record("session", step=done, message=text)
+    warnings.warn(text, stacklevel=3)

@@ -215,13 +215,13 @@ class _Bench:
 
     def trained(self, training: Training) -> Cell | None:
         """Train to the end and measure; None if it was interrupted."""
-        spec = next(iter(training.lora.values()))
+        spec = next(iter(training.learner.lora.values()))
         cell = Cell(
             training.folder.name,
-            tuple(training.lora),
+            tuple(training.learner.lora),
             spec.rank,
             spec.alpha,
-            next(iter(training.peaks.values())),
+            next(iter(training.rates.peaks.values())),
             parameters=training.parameters,
         )
         fault, files = "", []

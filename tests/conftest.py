@@ -16,7 +16,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "LORA_NB_HEADLESS": "1",
     "GOMP_SPINCOUNT": "3000",
-    "PYTHONPATH": str(OFFLINE),
+    "PYTHONPATH": str(OFFLINE) + os.pathsep + str(REPO),
 }
 sys.path.insert(0, str(OFFLINE))
 import pytest  # noqa: E402

@@ -172,8 +172,9 @@ def test_buttons_and_slider_do_what_they_say(config):
     again.start()
     assert again.join(LONG)
     assert pressable(again) == []
-    assert again.rate.value == again.training.factor_in_force  # the slider stands where the run is
-    assert run_folder.changes(run_folder.read_history(config.output_dir)) == again.training.changes
+    rates = again.training.rates
+    assert again.rate.value == rates.in_force(again.training.done)  # the slider stands where it is
+    assert run_folder.changes(run_folder.read_history(config.output_dir)) == rates.changes
 
 
 CELLS = (

@@ -54,7 +54,7 @@ def test_the_figure_shows_every_part_and_block(done):
 def test_change_per_block_is_that_of_the_matrices(config):
     training = train(config.replace(lora=PARTS))
     list(training)
-    measured = health.measure(training.family, training.untrained).change
+    measured = health.measure(training.family, training.learner.untrained).change
     sums = {}
     for part, name, change, weight in adapters.strength(training.family):
         squares = sums.setdefault((part, health.block_of(name)), [0.0, 0.0])
@@ -86,7 +86,7 @@ def test_resumes_forks_and_changes_are_marked(config, tmp_path):
         if step.step == 2:
             break
     branch = fork(config.output_dir, tmp_path / "branch", rank=3)
-    branch.multiply_learning_rate(0.5)
+    branch.rates.multiply(0.5)
     next(iter(branch))
     list(train(branch.config))
     marks = [t for t in texts(LiveBoard(branch.folder).figure()) if t.strip()]

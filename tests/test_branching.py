@@ -57,7 +57,7 @@ def test_a_fork_begins_as_the_same_function_and_then_goes_its_own_way(
     branch = fork(parent, tmp_path / "branch", rank=rank, alpha=alpha, step=4)
     assert branch.start_step == 4
     assert branch.parameters == grown
-    assert branch.lora["unet"].scale == pytest.approx((alpha or 1.5 * rank) / rank)
+    assert branch.learner.lora["unet"].scale == pytest.approx((alpha or 1.5 * rank) / rank)
     torch.testing.assert_close(losses(branch), expected, rtol=0, atol=1e-6)
     step = next(iter(branch))
     assert step.step == 5
@@ -77,7 +77,7 @@ def test_fresh_rows_of_a_fork_are_those_of_a_fresh_adapter_and_its_moments_are_z
         rows = tuple(slice(size) for size in value.shape)
         assert torch.equal(new[name][rows], value)
         if kind == "adapter" and "lora_A" in key:
-            assert torch.equal(new[name][2:], branch.untrained[part][key][2:])
+            assert torch.equal(new[name][2:], branch.learner.untrained[part][key][2:])
         else:
             assert new[name].abs().sum() == pytest.approx(value.abs().sum())  # zeros around it
 
@@ -139,7 +139,7 @@ def trained(config, changes, stop=None):
     training = train(config)
     for step in training:
         if step.step in changes:
-            training.multiply_learning_rate(changes[step.step])
+            training.rates.multiply(changes[step.step])
         if step.step == stop:
             break
     return training
@@ -181,7 +181,7 @@ def test_a_resumed_run_keeps_what_was_changed_before_and_after_its_checkpoint(co
     assert [(e["step"], e["learning_rate_factor"]) for e in changes] == [(2, 0.5), (4, 3.0)]
     # who goes back to a checkpoint by name takes another way from there
     back = train(config.replace(resume_from_checkpoint="checkpoint-3", max_train_steps=9))
-    assert back.changes == {2: 0.5}
+    assert back.rates.changes == {2: 0.5}
     list(back)
     assert run_folder.changes(run_folder.read_history(config.output_dir)) == {2: 0.5}
 
@@ -195,10 +195,10 @@ def test_a_replay_follows_longer_runs_and_forks(config, tmp_path):
     assert [s.step for s in replay(config.output_dir, tmp_path / "again")] == [1, 2, 3, 4, 5]
     assert same(config.output_dir, tmp_path / "again")
     branch = fork(config.output_dir, tmp_path / "branch", rank=3, step=4)
-    assert branch.changes == {1: 2.0}
+    assert branch.rates.changes == {1: 2.0}
     for step in branch:
         if step.step == 5:
-            branch.multiply_learning_rate(0.1)
+            branch.rates.multiply(0.1)
     assert [s.step for s in replay(tmp_path / "branch", tmp_path / "branch again")] == [5, 6]
     assert same(tmp_path / "branch", tmp_path / "branch again")
 
@@ -207,7 +207,7 @@ def test_a_learning_rate_must_stay_finite_and_positive(config):
     training = train(config)
     for factor in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="cannot be multiplied"):
-            training.multiply_learning_rate(factor)
+            training.rates.multiply(factor)
 
 
 def test_changes_of_a_history_survive_json(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 from lora_nb import env
 from lora_nb.errors import CheckpointError, ConfigError
 from lora_nb.run_folder import read_history
-from lora_nb.trainer import BEFORE_THE_END, train
+from lora_nb.stopping import BEFORE_THE_END
+from lora_nb.trainer import train
 
 
 @pytest.fixture

@@ -523,7 +523,7 @@ def test_half_precision_on_a_gpu_keeps_float32_adapters_and_finite_files(config,
         if step.step == 10:
             break
     again = train(config)
-    assert {w.dtype for part in again.weights.values() for w in part} == {torch.float32}
+    assert {w.dtype for part in again.learner.weights.values() for w in part} == {torch.float32}
     assert [step.step for step in again] == list(range(11, 21))
     assert all(torch.isfinite(value).all() for value in whole_tensors(config).values())
 

@@ -163,7 +163,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_adapters(config):
         run = config.replace(mixed_precision=precision, max_train_steps=8, overwrite=True)
         training = train(run)
         losses[precision] = [step.loss for step in training]
-        dtypes = {w.dtype for w in training.weights["unet"]}
+        dtypes = {w.dtype for w in training.learner.weights["unet"]}
         assert dtypes == {torch.float32}
     assert losses["bf16"] == pytest.approx(losses["no"], abs=2e-3)
 

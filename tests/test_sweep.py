@@ -292,8 +292,8 @@ def test_training_ends_early_with_the_best_adapter_kept(config, tmp_path):
     def spoiled():
         for step in early_stop(training, patience=2):
             if step.step == 3:  # from here on the loss is climbed
-                training.optimizer.state.clear()
-                for group in training.optimizer.param_groups:
+                training.learner.optimizer.state.clear()
+                for group in training.learner.optimizer.param_groups:
                     group["maximize"] = True
             yield step.step
 

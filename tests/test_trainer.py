@@ -82,7 +82,7 @@ def test_clipping_sees_every_weight(config, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", spy)
     training = train(config.replace(max_grad_norm=1e-3))
     steps = list(training)
-    count = sum(len(weights) for weights in training.weights.values())
+    count = sum(len(weights) for weights in training.learner.weights.values())
     assert count > 0
     assert [n for n, _ in seen] == [count] * 4
     assert all(after <= 1.001e-3 for _, after in seen)
@@ -125,9 +125,10 @@ def test_the_run_folder_is_complete(config):
 
 def test_the_first_probe_is_taken_from_the_base_because_nothing_has_changed_yet(config):
     training = train(config)
-    training._start_probe()
-    assert training.probe.measure(0) == training.probe.untrained()  # measured, and exactly equal
-    assert training.probe.untrained().difference == 0
+    training.monitor.start(0, training.held_out, training.cache)
+    probe = training.monitor.probe
+    assert probe.measure(0) == probe.untrained()  # measured, and exactly equal
+    assert probe.untrained().difference == 0
 
 
 def test_the_best_checkpoint_by_the_probe_is_kept(config):
@@ -343,7 +344,7 @@ def test_moments_that_are_not_finite_are_not_saved(config):
     training = train(config.replace(checkpointing_steps=1))
     steps = iter(training)
     next(steps)
-    next(iter(training.optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
+    next(iter(training.learner.optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
     with pytest.raises(NumericsError, match=r"exp_avg_sq is not finite after step 2"):
         next(steps)
     assert [checkpoint.step_of(p) for p in checkpoint.found(Path(config.output_dir))] == [1]
@@ -361,7 +362,7 @@ def test_trainable_weights_are_float32_however_precision_is_asked_for(
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     next(iter(train(config)))
     resumed = train(config)
-    weights = [w for part in resumed.weights.values() for w in part]
+    weights = [w for part in resumed.learner.weights.values() for w in part]
     base = {w.dtype for w in resumed.family.unet.parameters() if not w.requires_grad}
     assert {w.dtype for w in weights} == {torch.float32}
     assert base == {torch.bfloat16 if precision == "bf16" else torch.float32}
@@ -389,7 +390,7 @@ def test_a_run_that_changed_nothing_is_an_error_with_its_reason(config):
 def test_the_step_says_whether_the_adapters_live(config):
     lora = {"unet": LoraSpec(rank=2), "text_encoder": LoraSpec(rank=2)}
     training = train(config.replace(lora=lora, max_train_steps=51))
-    training.peaks["text_encoder"] = 0.0  # its optimizer group never moves
+    training.rates.peaks["text_encoder"] = 0.0  # its optimizer group never moves
     with pytest.warns(
         UserWarning, match="After 50 steps B is still zero in every layer of text_enc"
     ):
@@ -468,7 +469,7 @@ def test_a_run_short_of_memory_goes_on_exactly(config):
 
 def test_a_single_picture_too_large_is_one_sentence(config):
     training = train(config)
-    training._start_probe()
+    training.monitor.start(0, training.held_out, training.cache)
     memory_for(training, 0, "forward")
     with pytest.raises(
         ConfigError, match=r"A single picture does not fit into memory .*resolution"
@@ -478,7 +479,7 @@ def test_a_single_picture_too_large_is_one_sentence(config):
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(config):
     training = train(config)
-    training._start_probe()
+    training.monitor.start(0, training.held_out, training.cache)
     training.family.unet.conv_in.register_forward_pre_hook(lambda m, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(training)

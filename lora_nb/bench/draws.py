@@ -88,7 +88,7 @@ def played_back(draws: Draws, training: Any, timesteps: int = 1000) -> Iterator[
     from lora_nb import adapters, data, rng
 
     rows = draws.rows(training.pictures, training.pictures.spec)
-    part = next(iter(training.weights))
+    part = next(iter(training.learner.weights))
     adapters.load_state(training.family, {part: draws.weights})
     normal, uniform, row_at = rng.normal, rng.uniform, data.row_at
 

@@ -13,10 +13,11 @@ from lora_nb.cache import Cache
 from lora_nb.config import TrainConfig
 from lora_nb.families import Family
 from lora_nb.forecast import meter
+from lora_nb.gradients import training_mode
 from lora_nb.inference import draw_samples
 from lora_nb.loss import diffusion_loss
 from lora_nb.probe import DRAWS, Probe
-from lora_nb.trainer import Training, training_mode
+from lora_nb.trainer import Training
 
 LEAST, MOST = 2, 8  # timed steps
 ENOUGH = 1.0  # seconds of timed steps that are enough
@@ -78,7 +79,7 @@ class Trial:
         picture, caption = self._encoding()
         first, training = self._first_step(), self.training
         step, peak = self._steady()
-        pieces = -(-training.config.train_batch_size // training.micro_batch)
+        pieces = -(-training.config.train_batch_size // training.gradients.micro_batch)
         pieces *= training.config.gradient_accumulation_steps
         samples = training.config.train_batch_size * training.config.gradient_accumulation_steps
         self.peaks["training"] = peak
@@ -87,8 +88,8 @@ class Trial:
             picture=picture,
             caption=caption,
             alone=self._micro(1),
-            whole=Micro(training.micro_batch, step / pieces, peak),
-            checkpointed=self._checkpointed(training.micro_batch),
+            whole=Micro(training.gradients.micro_batch, step / pieces, peak),
+            checkpointed=self._checkpointed(training.gradients.micro_batch),
             step=step,
             warming=max(0.0, first - step - samples * (picture + caption)),
             set_of_samples=self._samples(),
@@ -105,7 +106,7 @@ class Trial:
         cache = Cache(
             family, training.pictures, training.pictures.spec, training.config.seed, latents=False
         )
-        positions = training._positions(0, 0)[:4]
+        positions = training.batches.positions(0, 0)[:4]
         with meter.watch(self.device) as peak:
             cache.batch(positions)  # warms up, and remembers the captions
             pictures = _seconds(lambda: cache.batch(positions)) / len(positions)
@@ -136,21 +137,22 @@ class Trial:
         with meter.watch(self.device) as peak:
             while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
                 times.append(self._step())
-        look = _seconds(lambda: health.measure(self.training.family, self.training.untrained))
+        learner = self.training.learner
+        look = _seconds(lambda: health.measure(learner.family, learner.untrained))
         return sum(times) / len(times) + look / health.EVERY, peak.bytes
 
     def _micro(self, size: int) -> Micro:
         """Forward and backward of the first `size` pictures of the run, or as many of them as are of one size."""
         training = self.training
-        batch = training._batch(training._pieces(training._positions(0, 0), size)[0])
+        _, batch = next(training.batches.of(0, 0, size))
 
         def gradients() -> None:
-            training.optimizer.zero_grad()
+            training.learner.optimizer.zero_grad()
             diffusion_loss(training.family, batch, training.config.noise_offset).loss.backward()
 
-        with meter.watch(self.device) as peak, training_mode(training.modules):
+        with meter.watch(self.device) as peak, training_mode(training.gradients.modules):
             seconds = _seconds(gradients)
-        training.optimizer.zero_grad()
+        training.learner.optimizer.zero_grad()
         return Micro(size, seconds, peak.bytes)
 
     def _checkpointed(self, size: int) -> list[Micro]:

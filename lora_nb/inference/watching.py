@@ -96,7 +96,7 @@ def draw_samples(training: Any, label: str, step: int) -> list[Path]:
     for picture, file in zip(pictures, files, strict=True):
         picture.save(file)
     trackers.log_pictures(training.accelerator, config, pictures, step)
-    training.record(
+    training.history.record(
         "samples",
         step=step,
         base=label == "base",
@@ -111,7 +111,7 @@ def _alarm(training: Any, step: int, what: str) -> None:
         f"After step {step} {what}: numbers have overflowed while drawing it. Train in bf16 or float32 instead of "
         "fp16, or use a VAE that is safe in it (pretrained_vae_model_name_or_path)."
     )
-    training.record("alarm", step=step, message=text)
+    training.history.record("alarm", step=step, message=text)
     warnings.warn(text, stacklevel=4)
 
 

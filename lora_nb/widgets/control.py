@@ -82,7 +82,7 @@ class BackgroundBoard(BackgroundTraining):
         self._say_rate()
 
     def _say_rate(self) -> None:
-        peaks = self.training.peaks if self.training else {"": self.config.learning_rate}
+        peaks = self.training.rates.peaks if self.training else {"": self.config.learning_rate}
         rates = " / ".join(f"{self.rate.value * peak:.2g}" for peak in peaks.values())
         self.said.value = f"= {rates}, from the next step on"
 
@@ -92,7 +92,7 @@ class BackgroundBoard(BackgroundTraining):
             button.disabled = name not in ENABLED[state]
         if state == background.RUNNING:
             self._following = True  # a run that goes on has its factor already
-            self.rate.value = self.training.factor_in_force
+            self.rate.value = self.training.rates.in_force(self.training.done)
             self._following = False
         self._say_rate()
         if state != background.READY:

@@ -1,0 +1,88 @@
+"""What learns: the base model with fresh adapters, their learning rates and their optimizer."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from lora_nb import adapters, formats, optimization, projections
+from lora_nb.config import DataSpec, LoraSpec, TrainConfig
+from lora_nb.errors import ConfigError, NumericsError
+from lora_nb.families import Family
+from lora_nb.learning_rates import LearningRates
+from lora_nb.run_folder import History
+
+
+class Learner:
+    """The weights that a step changes and a checkpoint keeps, and what changes them.
+
+    lora: the complete spec of each part. weights: the trainable ones by part, `parameters` numbers in all.
+    untrained: the adapters' state before the first step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        accelerator: Accelerator,
+        samples_per_step: int,
+        total: int,
+        history: History,
+    ):
+        self.family, self.lora = family, _adapt(family, config)
+        self.weights = adapters.parameters(family)
+        self.parameters = sum(weight.numel() for weight in self.all_weights())
+        self.untrained = adapters.state(family)
+        peaks = optimization.peak_learning_rates(
+            config.replace(lora=self.lora), self.weights, samples_per_step
+        )
+        self.rates = LearningRates(config, peaks, total, history)
+        self.optimizer = accelerator.prepare(
+            optimization.make_optimizer(config, self.weights, peaks, accelerator.device.type)
+        )
+
+    def all_weights(self) -> list[torch.nn.Parameter]:
+        """The trainable weights of all parts."""
+        return [weight for weights in self.weights.values() for weight in weights]
+
+    def set_rates(self, done: int) -> None:
+        """Give the optimizer the learning rates of step done + 1."""
+        rates = self.rates.of_step(done).values()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def require_float32(self) -> None:
+        """Raise NumericsError if a trainable weight is of another type."""
+        if any(weight.dtype != torch.float32 for weight in self.all_weights()):
+            raise NumericsError("Trainable weights must be float32; something has changed theirs.")
+
+    def refuse_non_finite(self, step: int, saved_step: int) -> None:
+        """Raise NumericsError if step `step` has made a weight infinite or not a number."""
+        if not math.isfinite(torch.nn.utils.get_total_norm(self.all_weights())):
+            raise NumericsError(
+                f"After step {step} the norm of the weights is not finite (learning rates {self.rates.peaks}), so it "
+                f"was not kept; the last checkpoint is of step {saved_step}: lower the learning rate."
+            )
+
+
+def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
+    """Put fresh adapters on the base model, in place of any that it carries; their complete specs."""
+    adapters.remove(family)
+    _check_resolution(config.data, family)
+    if config.output_kohya_format:
+        formats.kohya.layout_of(family)  # refuses now what could not be written at the end
+    lora = adapters.named(family, config.lora)
+    adapters.add(family, lora, seed=config.seed)
+    (projections.group if config.fused_lora else projections.ungroup)(family)
+    if config.gradient_checkpointing:
+        family.enable_gradient_checkpointing()
+    return lora
+
+
+def _check_resolution(spec: DataSpec, family: Family) -> None:
+    for name in ("resolution", "bucket_step"):
+        value = getattr(spec, name)
+        if value is not None and value % family.pixel_multiple:
+            raise ConfigError(
+                f"{name} is {value}; the latents of this model need a multiple of {family.pixel_multiple}."
+            )
