@@ -1,12 +1,13 @@
-"""Draw docs/before-after.png, the README's picture, from the adapter that `make course` trained.
+"""Draw the README's pictures from what notebooks have left.
 
-python scripts/figure.py [RUN_FOLDER]   (default runs/course/ink)
+python scripts/figure.py before-after [RUN_FOLDER]       the adapter of `make course` (default runs/course/ink)
+python scripts/figure.py rank-and-rate [SWEEP_FOLDER]    the map of notebook 05 (default runs/map)
 """
 
 import sys
 from pathlib import Path
 
-from lora_nb import generate, load_pipeline, plots, preset, read_config
+from lora_nb import generate, load_pipeline, plots, preset, read_config, read_sweep
 from lora_nb.data import load
 
 REPO = Path(__file__).resolve().parents[1]
@@ -14,7 +15,7 @@ CONCEPTS = 8  # every k-th of the validation split, so that nothing is picked by
 SEED = 0
 
 
-def main(run: Path) -> None:
+def before_after(run: Path) -> plots.Plot:
     """Base, adapter and true drawing of every k-th held-out concept, all at the same seed."""
     tiny, config = preset("tiny"), read_config(run)
     rows = load(config.data, "validation").rows
@@ -24,10 +25,26 @@ def main(run: Path) -> None:
     pipeline = load_pipeline(tiny.model, adapter=run)
     before, after = (generate(pipeline, captions, SEED, scale=s, **sampling) for s in (0.0, 1.0))
     names = [str(row.extra["concept"]) for row in rows]
-    figure = plots.before_after_grid(before, after, names, true=[row.file for row in rows])
-    (REPO / "docs").mkdir(exist_ok=True)
-    (REPO / "docs" / "before-after.png").write_bytes(figure.png())
+    return plots.before_after_grid(before, after, names, true=[row.file for row in rows])
+
+
+def rank_and_rate(sweep: Path) -> plots.Plot:
+    """The map as the notebook shows it; its cells are printed."""
+    found = read_sweep(sweep)
+    for cell in found.cells:
+        print(cell)
+    return plots.rank_rate_map(found, shown=5)
+
+
+FIGURES = {"before-after": (before_after, "course/ink"), "rank-and-rate": (rank_and_rate, "map")}
+
+
+def main(name: str, folder: str | None = None) -> None:
+    """Write docs/<name>.png."""
+    draw, usual = FIGURES[name]
+    figure = draw(Path(folder) if folder else REPO / "runs" / usual)
+    (REPO / "docs" / f"{name}.png").write_bytes(figure.png())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else REPO / "runs" / "course" / "ink")
+    main(*sys.argv[1:])
