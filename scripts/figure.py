@@ -33,7 +33,7 @@ def rank_and_rate(sweep: Path) -> plots.Plot:
     found = read_sweep(sweep)
     for cell in found.cells:
         print(cell)
-    return plots.rank_rate_map(found, shown=5)
+    return plots.rank_rate_map(found, shown=3)
 
 
 FIGURES = {"before-after": (before_after, "course/ink"), "rank-and-rate": (rank_and_rate, "map")}
