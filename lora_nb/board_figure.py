@@ -15,7 +15,6 @@ from lora_nb.plots.strokes import (
     Axes,
     Picture,
     Plot,
-    draw_picture,
     logarithmic,
     nothing_yet,
     tidy,
@@ -25,6 +24,7 @@ from lora_nb.plots.training import (
     draw_losses,
     draw_probes,
     draw_rates,
+    draw_strip,
     rates_by_part,
     shown_samples,
 )
@@ -63,11 +63,7 @@ def board_figure(
         middle = below - 0.2 - 0.98 * row - 0.46
         style = {"ha": "right", "rotation": 90, "fontsize": 7, "multialignment": "center"}
         figure.write(0.5, middle, wrap(prompt, 0.92), **style)
-    for column, (label, pictures) in enumerate(strip.items()):
-        left = 0.62 + 1.08 * column + (0.12 if column else 0)
-        figure.write(left + 0.49, below - 0.06, label, ha="center", color=MUTED, fontsize=8)
-        for row, picture in enumerate(pictures):
-            draw_picture(figure.box(left, below - 0.2 - 0.98 * row - 0.92, 0.98, 0.92), picture)
+    draw_strip(figure, strip, below, 0.65, 1.08)
     return figure
 
 

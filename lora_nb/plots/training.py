@@ -49,12 +49,19 @@ def training_figure(
     draw_losses(figure.box(0.6, below + 0.5, 3.9, 1.85), steps)
     draw_probes(figure.box(5.2, below + 0.5, 1.7, 1.85), probes, last)
     draw_rates(figure.box(7.45, below + 0.5, 1.6, 1.85), rates_by_part(steps), "step")
-    for column, (label, pictures) in enumerate(strip.items()):
-        left = 0.6 + 0.98 * column + (0.12 if column else 0)
-        figure.write(left + 0.46, below - 0.08, label, ha="center", color=MUTED, fontsize=8)
-        for row, picture in enumerate(pictures):
-            draw_picture(figure.box(left, below - 0.2 - 0.98 * row - 0.92, 0.92, 0.92), picture)
+    draw_strip(figure, strip, below, 0.6, 0.98)
     return figure
+
+
+def draw_strip(
+    figure: Plot, strip: Mapping[str, Sequence[Picture]], below: float, left: float, pitch: float
+) -> None:
+    """Columns of samples under their labels, the first a little apart; inches, from `below` down and `left` on."""
+    for column, (label, pictures) in enumerate(strip.items()):
+        edge = left + pitch * column + (0.12 if column else 0)
+        figure.write(edge + 0.46, below - 0.08, label, ha="center", color=MUTED, fontsize=8)
+        for row, picture in enumerate(pictures):
+            draw_picture(figure.box(edge, below - 0.2 - 0.98 * row - 0.92, 0.92, 0.92), picture)
 
 
 def paired_runs(losses: Mapping, probes: Mapping) -> Figure:
