@@ -152,6 +152,11 @@ class TrainConfig:
     mixed_precision: str | None = _setting(
         None, "no, fp16 or bf16 for the frozen weights; adapters stay float32"
     )
+    base_model_precision: str | None = _setting(
+        None,
+        "int8 or nf4 keeps the network's frozen linear layers in 8 or 4 bits: less memory, slower; empty means "
+        "mixed_precision's",
+    )
     allow_tf32: bool = _setting(False, "TensorFloat-32 matrix products on Ampere and later")
     cache_latents: bool = _setting(True, "encode each picture once; the result is the same")
     cache_to_disk: bool = _setting(
@@ -311,6 +316,7 @@ class TrainConfig:
         _between("caption_dropout", self.data.caption_dropout, 0, 1)
         _one_of("lr_scheduler", self.lr_scheduler, SCHEDULES)
         _one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
+        _one_of("base_model_precision", self.base_model_precision, (None, "int8", "nf4"))
         _one_of(
             "prediction_type", self.prediction_type, (None, "epsilon", "v_prediction", "sample")
         )

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from lora_nb import adapters, formats, optimization, projections
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError, NumericsError
-from lora_nb.families import Family
+from lora_nb.families import Family, network
+from lora_nb.families.quantized import kind_of
 from lora_nb.learning_rates import LearningRates
 from lora_nb.run_folder import History
 
@@ -69,6 +70,7 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
     """Put fresh adapters on the base model, in place of any that it carries; their complete specs."""
     adapters.remove(family)
     _check_resolution(config.data, family)
+    _check_precision(config.base_model_precision, family)
     if config.output_kohya_format:
         formats.kohya.layout_of(family)  # refuses now what could not be written at the end
     lora = adapters.named(family, config.lora)
@@ -77,6 +79,16 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
     if config.gradient_checkpointing:
         family.enable_gradient_checkpointing()
     return lora
+
+
+def _check_precision(asked: str | None, family: Family) -> None:
+    """Refuse a family that the caller loaded in another way than the config says."""
+    there = kind_of(network(family))
+    if there != asked:
+        raise ConfigError(
+            f"base_model_precision is {asked!r}, but the base model that was given is loaded with {there!r}; "
+            f"load it by load_family(..., base_model_precision={asked!r}), or give none."
+        )
 
 
 def _check_resolution(spec: DataSpec, family: Family) -> None:

@@ -14,6 +14,7 @@ import lora_nb
 from lora_nb import adapters
 from lora_nb.cli import main
 from lora_nb.families import load_family
+from lora_nb.families.quantized import KINDS, linears, quantize
 from lora_nb.forecast.ladder import Line, ladder
 from lora_nb.forecast.result import Forecast, fits
 from lora_nb.forecast.trial import Measured, Micro
@@ -149,6 +150,7 @@ def rungs(config, family, total, each=100 * MIB, recomputed=10 * MIB):
         set_of_samples=0.0,
         probing=(0.0, 0.0),
         saving=0.0,
+        widening={"int8": 0.01, "nf4": 0.02},
     )
     return ladder(config, measured, base, 0, total, family)
 
@@ -174,6 +176,33 @@ def test_the_ladder_names_the_first_rung_that_fits(config, family, total, first,
         assert fits(rung.memory, total * MIB)
     memory = [rung.memory for rung in found]
     assert memory == sorted(memory, reverse=True)  # a ladder only goes down
+
+
+@pytest.mark.parametrize(("there", "left"), [(None, KINDS), ("int8", ("nf4",)), ("nf4", ())])
+def test_a_quantized_base_saves_what_its_weights_shrink_by_and_costs_its_widening(
+    config, tiny_sd, there, left
+):
+    family = load_family("sd", str(tiny_sd), base_model_precision=there)
+    config = config.replace(resolution=512, base_model_precision=there)
+    found = {rung.name: rung for rung in rungs(config, family, 10**12)}
+    assert [name for name in found if name.endswith("base")] == [f"{kind} base" for kind in left]
+    before = found["gradient checkpointing"]
+    bytes_before = _bytes(family.unet)
+    widest = max(layer.in_features * layer.out_features for layer in linears(family.unet).values())
+    for kind, seconds in zip(left, (0.01, 0.02)[-len(left) :], strict=False):
+        quantize(family.unet, kind, "cpu")
+        rung = found[f"{kind} base"]
+        # A layer is wide while it computes, and so is its copy in the making; in an int8 base that is so already.
+        wide = 0 if there else 2 * 4 * widest
+        assert before.memory - rung.memory == bytes_before - _bytes(family.unet) - wide
+        steps = rung.changes.get("gradient_accumulation_steps", 1)
+        assert rung.seconds == pytest.approx(before.seconds + 3 * seconds * steps)
+        assert rung.changes["base_model_precision"] == kind
+        assert not rung.measured
+
+
+def _bytes(module):
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
 def test_recomputing_costs_time_and_the_cache_saves_it(config, family):

@@ -9,10 +9,11 @@ import torch
 
 from lora_nb.config import TrainConfig
 from lora_nb.errors import ConfigError, ModelError
-from lora_nb.families.base import Batch, Family, network
+from lora_nb.families.base import Batch, Family, move, network
 from lora_nb.families.flux import Flux
 from lora_nb.families.kandinsky_decoder import KandinskyDecoder
 from lora_nb.families.kandinsky_prior import KandinskyPrior
+from lora_nb.families.quantized import quantize
 from lora_nb.families.sd import StableDiffusion
 from lora_nb.families.sd3 import StableDiffusion3
 from lora_nb.families.sdxl import StableDiffusionXL
@@ -101,7 +102,7 @@ def load_family(name: str, model: str, **options: Any) -> Family:
     """Load a base model as a family; name "auto" reads the family from the model's index.
 
     options: dtype, device, prediction_type, snr_gamma, revision, variant, and what the family's `load` names besides;
-    None is the family's default.
+    None is the family's default. base_model_precision: "int8" or "nf4" quantizes the network's linear layers.
     Raises ModelError if the name is unknown or the folder is no complete model of that family, ConfigError for an
     option that the family has no use for.
     """
@@ -119,6 +120,13 @@ def load_family(name: str, model: str, **options: Any) -> Family:
         raise ConfigError(
             f"The family {name!r} has no use for {', '.join(useless)}; leave that setting empty."
         )
+    kind, device = options.pop("base_model_precision", None), options.get("device", "cpu")
+    if kind:
+        # Quantized on its way to the device, where the whole may not fit.
+        family = load_family(name, model, **options | {"device": "cpu"})
+        quantize(network(family), kind, device)
+        move(family, device)
+        return family
     try:
         return REGISTRY[name].load(model, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -146,6 +154,7 @@ def family_of(config: TrainConfig, dtype: torch.dtype, device: str | torch.devic
         prediction_type=config.prediction_type,
         snr_gamma=config.snr_gamma,
         snr_floor=config.snr_floor or None,
+        base_model_precision=config.base_model_precision,
         revision=config.revision,
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,

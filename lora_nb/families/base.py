@@ -64,6 +64,15 @@ def freeze(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) ->
     module.requires_grad_(False).eval()
 
 
+def move(family: "Family", device: str | torch.device) -> None:
+    """Put all modules of a loaded family on the device."""
+    for part in vars(family).values():
+        for module in part.values() if isinstance(part, dict) else (part,):
+            if isinstance(module, torch.nn.Module):
+                torch.nn.Module.to(module, device)
+    family.device = torch.device(device)
+
+
 def tokenize(tokenizer: Any, captions: list[str], length: int | None = None) -> Any:
     """Token numbers and mask (B, length or model_max_length), padded and cut as the pipelines do it; on the CPU."""
     return tokenizer(

@@ -7,6 +7,7 @@ import torch
 
 from lora_nb.config import TrainConfig
 from lora_nb.families import network
+from lora_nb.families.quantized import KINDS, kind_of, linears, size_of
 from lora_nb.forecast.result import Rung, fits
 from lora_nb.forecast.trial import Measured, Micro
 
@@ -45,7 +46,9 @@ class _Climb:
     total: int
     size: int
     sooner: float = 0.0  # seconds that are saved in each step
+    later: float = 0.0  # seconds that are lost in each micro-step, whatever its size
     less: int = 0  # bytes that are saved at all times
+    less_in_steps: int = 0  # bytes that are saved in the steps
     area: float = 1.0  # of the pictures, as a share of the asked one
     changes: dict[str, Any] = field(default_factory=dict)
     rungs: list[Rung] = field(default_factory=list)
@@ -54,14 +57,14 @@ class _Climb:
     def memory(self) -> int:
         step = self.line(self.size).memory
         step = int(self.line.base + (step - self.line.base) * self.area)
-        return max(step, self.elsewhere) - self.less
+        return max(step - self.less_in_steps, self.elsewhere) - self.less
 
     @property
     def seconds(self) -> float:
         micro_steps = (
             self.config.gradient_accumulation_steps * self.config.train_batch_size / self.size
         )
-        return micro_steps * self.line(self.size).seconds * self.area - self.sooner
+        return micro_steps * (self.line(self.size).seconds * self.area + self.later) - self.sooner
 
     def add(self, name: str, says: str, measured: bool = False, **changes: Any) -> None:
         self.changes |= changes
@@ -118,11 +121,36 @@ def ladder(
     if on_gpu and not config.use_8bit_adam:
         climb.less += trained * 6  # two moments of 1 byte in place of two of 4
         climb.add("8-bit AdamW", "the optimizer's moments are rounded", use_8bit_adam=True)
+    _quantized(climb, measured, family)
     side = int(config.data.resolution * SMALLER) // family.pixel_multiple * family.pixel_multiple
     if side >= family.pixel_multiple:
         climb.area = (side / config.data.resolution) ** 2
         climb.add("smaller pictures", f"another result: {side} pixels", resolution=side)
     return climb.rungs
+
+
+def _quantized(climb: _Climb, measured: Measured, family: Any) -> None:
+    """Rungs of a base in 8 and 4 bits, as far as it is not and as they save more than widening a layer takes."""
+    layers = list(linears(network(family)).values())
+    there, width = kind_of(network(family)), 2 if "mixed_precision" in climb.changes else None
+    now = sum(size_of(layer, there, width) for layer in layers)
+    # One layer at a time is wide, and takes as much again while it is made.
+    room = 2 * max(size_of(layer, None, width) for layer in layers)
+    # Forward and backward; checkpointing goes forward twice.
+    checkpointing = climb.config.replace(**climb.changes).gradient_checkpointing
+    times = 3 if checkpointing else 2
+    before = climb.less
+    for kind in KINDS[KINDS.index(there) + 1 if there else 0 :]:
+        saved = now - sum(size_of(layer, kind, width) for layer in layers) - (0 if there else room)
+        if saved <= 0:
+            continue
+        if family.device.type == "cuda":  # elsewhere the base is loaded in full first
+            climb.less = before + saved
+        else:
+            climb.less_in_steps = saved
+        climb.later = times * measured.widening[kind]
+        says = f"another result: frozen linear layers are rounded to {kind}"
+        climb.add(f"{kind} base", says, base_model_precision=kind)
 
 
 def _largest(climb: _Climb) -> int:

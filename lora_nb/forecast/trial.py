@@ -11,7 +11,8 @@ import torch
 from lora_nb import env, health, memory
 from lora_nb.cache import Cache
 from lora_nb.config import TrainConfig
-from lora_nb.families import Family
+from lora_nb.families import Family, network
+from lora_nb.families.quantized import KINDS, QuantizedLinear, linears
 from lora_nb.forecast import meter
 from lora_nb.gradients import training_mode
 from lora_nb.inference import draw_samples
@@ -45,7 +46,8 @@ class Measured:
 
     alone and whole: a micro-step of one picture, and of as many of the batch as fit; checkpointed: both with
     activations computed twice. step: one optimizer step. warming: what only the first step does.
-    set_of_samples, probing, saving: one of each. picture, caption: the first encoding of one.
+    set_of_samples, probing, saving: one of each. picture, caption: the first encoding of one. widening: of all linear
+    layers of the network once, by what they would be quantized to.
     """
 
     loading: float
@@ -60,6 +62,7 @@ class Measured:
     probing: tuple[float, float]  # the first, with what it encodes, and one
     saving: float
     peaks: dict[str, int] = field(default_factory=dict)
+    widening: dict[str, float] = field(default_factory=dict)
 
 
 class Trial:
@@ -96,6 +99,7 @@ class Trial:
             probing=self._probe(),
             saving=_seconds(training._save),
             peaks=self.peaks,
+            widening={kind: self._widening(kind) for kind in KINDS},
         )
 
     # encoding
@@ -164,6 +168,18 @@ class Trial:
             return [self._micro(1), self._micro(size)]
         finally:
             recompute(self.training.family, False)
+
+    def _widening(self, kind: str) -> float:
+        """Seconds of widening all quantized layers once, from one layer of each shape."""
+        counts: dict[tuple, list[torch.nn.Linear]] = {}
+        for layer in linears(network(self.training.family)).values():
+            counts.setdefault((layer.out_features, layer.in_features), []).append(layer)
+        seconds = 0.0
+        for first, *others in counts.values():
+            layer = QuantizedLinear(first, kind, self.device)
+            once = [_seconds(lambda w=layer: w.widened(w.dtype)) for _ in range(3)]
+            seconds += min(once) * (1 + len(others))
+        return seconds
 
     # what else a run does
 

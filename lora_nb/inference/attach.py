@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from lora_nb.errors import ConfigError, FormatError
 from lora_nb.families import load_family
+from lora_nb.families.quantized import QuantizedLinear
 from lora_nb.formats import Plan, adapter_file, lokr, plan
 from lora_nb.formats.weights import scale_of
 
@@ -197,12 +198,14 @@ def fused(pipeline: Any) -> Iterator[Any]:
     """Merge the active adapters into the weights for speed; afterwards the weights are what they were, bit for bit.
 
     The kept copies are put back: subtracting what was added would leave rounding behind. Scales are fixed inside.
+    On quantized layers the adapters stay beside the weights, which could not hold them exactly.
     """
     kept = []
     try:
         with torch.no_grad():
             for layer in layers(pipeline):
-                if not (layer.disable_adapters or layer.merged):
+                quantized = isinstance(layer.get_base_layer(), QuantizedLinear)
+                if not (layer.disable_adapters or layer.merged or quantized):
                     kept.append((layer, layer.get_base_layer().weight.detach().clone()))
                     layer.merge()
         yield pipeline

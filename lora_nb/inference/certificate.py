@@ -17,8 +17,9 @@ from packaging.version import Version
 from lora_nb import adapters, checkpoint, env, formats, rng, run_state
 from lora_nb.config import TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError, FormatError
-from lora_nb.families import Batch, Family, family_of, load_family
+from lora_nb.families import Batch, Family, family_of, load_family, network
 from lora_nb.families._imports import quiet
+from lora_nb.families.quantized import kind_of
 from lora_nb.files import write_atomically
 from lora_nb.inference.attach import adapter_names, remove_adapter, use_adapter
 from lora_nb.precision import DTYPES
@@ -182,7 +183,9 @@ def certify(
     family: with the trained adapter on. model: its base, loaded a second time for the comparison.
     """
     trained, wanted = _outputs(family), formats.weights_of_modules(family.trainable)
-    fresh = load_family("auto", model, dtype=family.dtype, device=str(family.device), **stages)
+    like = {"dtype": family.dtype, "device": str(family.device)}
+    kind = kind_of(network(family))
+    fresh = load_family("auto", model, base_model_precision=kind, **like, **stages)
     return _proved(Path(file), model, dtype, trained, wanted, fresh)
 
 
