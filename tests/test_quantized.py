@@ -223,6 +223,19 @@ def test_switches_change_nothing(config, tmp_path):
         assert losses(other) == pytest.approx(plain, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_other_families_go_on_bit_for_bit(name, config, tmp_path):
+    base = str(tiny.build(name, tmp_path / "base"))
+    config = config.replace(
+        pretrained_model_name_or_path=base, base_model_precision="nf4", mixed_precision="bf16"
+    )
+    whole = losses(config)
+    halves = config.replace(output_dir=str(tmp_path / "halves"))
+    for _ in train(halves):
+        break
+    assert losses(halves) == whole[1:]
+
+
 def test_samples_certificates_and_loading_work_on_it(config):
     config = config.replace(
         base_model_precision="int8",

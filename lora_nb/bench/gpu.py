@@ -15,7 +15,8 @@ from lora_nb.bench import ground
 from lora_nb.bench.plain import Plain
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError
-from lora_nb.families import Family
+from lora_nb.families import Family, network
+from lora_nb.families.quantized import quantize
 from lora_nb.families.shapes import SHAPES, load
 from lora_nb.precision import DTYPES
 
@@ -35,6 +36,8 @@ class Case:
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, checkpointing": {"gradient_checkpointing": True},
+    "ours, checkpointing, int8": {"gradient_checkpointing": True, "base_model_precision": "int8"},
+    "ours, checkpointing, nf4": {"gradient_checkpointing": True, "base_model_precision": "nf4"},
 }
 
 
@@ -147,6 +150,8 @@ def _ours(
     def step() -> None:
         if not made:
             family: Family = load(case.shape, folder, DTYPES[case.precision], device)
+            if kind := config.base_model_precision:
+                quantize(network(family), kind, device)
             made.append(iter(train(config, family)))
         next(made[0])
 

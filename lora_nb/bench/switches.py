@@ -40,6 +40,8 @@ SWITCHES = {
     "checkpointing": Switch(
         "gradient checkpointing (for memory)", {}, {"gradient_checkpointing": True}
     ),
+    "int8": Switch("a base in int8 (for memory)", {}, {"base_model_precision": "int8"}, None),
+    "nf4": Switch("a base in nf4 (for memory)", {}, {"base_model_precision": "nf4"}, None),
 }
 
 
@@ -54,8 +56,9 @@ def _row(name: str, switch: Switch, config: TrainConfig, rounds: int, steps: int
         for label, changes in (("off", switch.off), ("on", switch.on))
     ]
     for side in sides:
-        side.take(WARM)
-    times = [[side.take(steps) for side in sides] for _ in range(rounds)]
+        for _ in range(WARM):
+            side.step()
+    times = [_round(sides, steps) for _ in range(rounds)]
     losses = zip(*(side.losses for side in sides), strict=True)
     return {
         "name": name,
@@ -66,6 +69,12 @@ def _row(name: str, switch: Switch, config: TrainConfig, rounds: int, steps: int
         "difference": max(abs(a - b) for a, b in losses),
         "allowed": switch.alike,
     }
+
+
+def _round(sides: list["_Side"], steps: int) -> list[float]:
+    """Median CPU seconds of a step of each side; they take turns step by step, as neighbours come and go."""
+    times = [[side.step() for side in sides] for _ in range(steps)]
+    return [median(column) for column in zip(*times, strict=True)]
 
 
 class _Side:
@@ -83,11 +92,8 @@ class _Side:
         self.steps: Iterator[Any] = iter(training)
         self.losses: list[float] = []
 
-    def take(self, count: int) -> float:
-        """Median CPU seconds of the next `count` steps."""
-        times = []
-        for _ in range(count):
-            began = time.process_time()
-            self.losses.append(next(self.steps).loss)
-            times.append(time.process_time() - began)
-        return median(times)
+    def step(self) -> float:
+        """CPU seconds of the next step."""
+        began = time.process_time()
+        self.losses.append(next(self.steps).loss)
+        return time.process_time() - began

@@ -1,5 +1,6 @@
 """The trial behind a forecast: the run's own training, made in a scratch folder, with every part of it timed once."""
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ OFF = (
     "activation_checkpointing_disable",
     "gradient_checkpointing_disable",
 )
+TURNS = 5  # times that a layer is widened to see how long it takes
 FEW, MORE = 2, 6  # denoising steps between which a sample's cost is measured
 
 
@@ -171,15 +173,14 @@ class Trial:
 
     def _widening(self, kind: str) -> float:
         """Seconds of widening all quantized layers once, from one layer of each shape."""
-        counts: dict[tuple, list[torch.nn.Linear]] = {}
+        alike: dict[tuple[int, int], list[torch.nn.Linear]] = {}
         for layer in linears(network(self.training.family)).values():
-            counts.setdefault((layer.out_features, layer.in_features), []).append(layer)
-        seconds = 0.0
-        for first, *others in counts.values():
-            layer = QuantizedLinear(first, kind, self.device)
-            once = [_seconds(lambda w=layer: w.widened(w.dtype)) for _ in range(3)]
-            seconds += min(once) * (1 + len(others))
-        return seconds
+            alike.setdefault((layer.out_features, layer.in_features), []).append(layer)
+        ones = [QuantizedLinear(layers[0], kind, self.device) for layers in alike.values()]
+        # All in turn, as in a step: the same layer again would find its numbers in the processor's cache.
+        turns = [[_seconds(lambda w=w: w.widened(w.dtype)) for w in ones] for _ in range(TURNS)]
+        each = map(statistics.median, zip(*turns, strict=True))
+        return sum(s * len(layers) for s, layers in zip(each, alike.values(), strict=True))
 
     # what else a run does
 
