@@ -165,6 +165,11 @@ class TrainConfig:
     fused_lora: bool = _setting(
         True, "q, k and v with their adapters in one product; the result is the same to rounding"
     )
+    torch_compile: bool = _setting(
+        False,
+        "compile the network's repeated blocks in the first step (needs a C++ compiler); the result is the same to "
+        "rounding",
+    )
     dataloader_num_workers: int = _setting(
         0, "accepted for compatibility; batches are made in the training process"
     )
@@ -317,6 +322,11 @@ class TrainConfig:
         _one_of("lr_scheduler", self.lr_scheduler, SCHEDULES)
         _one_of("mixed_precision", self.mixed_precision, (None, "no", "fp16", "bf16"))
         _one_of("base_model_precision", self.base_model_precision, (None, "int8", "nf4"))
+        if self.torch_compile and self.base_model_precision:
+            raise ConfigError(
+                "torch_compile and base_model_precision cannot be combined: quantized layers are not compiled; leave "
+                "one out."
+            )
         _one_of(
             "prediction_type", self.prediction_type, (None, "epsilon", "v_prediction", "sample")
         )

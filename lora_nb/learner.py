@@ -5,7 +5,7 @@ import math
 import torch
 from accelerate import Accelerator
 
-from lora_nb import adapters, formats, optimization, projections
+from lora_nb import adapters, compiling, formats, optimization, projections
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError, NumericsError
 from lora_nb.families import Family, network
@@ -76,6 +76,7 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
     lora = adapters.named(family, config.lora)
     adapters.add(family, lora, seed=config.seed)
     (projections.group if config.fused_lora else projections.ungroup)(family)
+    (compiling.compile_blocks if config.torch_compile else compiling.restore_blocks)(family)
     if config.gradient_checkpointing:
         family.enable_gradient_checkpointing()
     return lora

@@ -52,6 +52,17 @@ class Projection(torch.autograd.Function):
         return dx, None, None, None, *d_a, *d_bs
 
 
+def plain_projection(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, scale: float, *factors: torch.Tensor
+) -> torch.Tensor:
+    """What `Projection` computes, for a compiler that writes the backward pass itself."""
+    half = len(factors) // 2
+    ranks = [b.shape[1] for b in factors[half:]]
+    inner = (x @ torch.cat(factors[:half]).to(x.dtype).T).split(ranks, 1)
+    branches = [u @ b.to(x.dtype).T for u, b in zip(inner, factors[half:], strict=True)]
+    return F.linear(x, weight, bias) + scale * torch.cat(branches, 1)
+
+
 class GroupedAttention:
     """A processor of plain attention: layers that read the same input are one product with their branches."""
 
@@ -79,6 +90,14 @@ class GroupedAttention:
         mixed = attention(q, k, v).transpose(1, 2).flatten(2)
         return attn.to_out[1](*self._project(attn, ("to_out.0",), mixed))
 
+    def lay(self, attn: Attention) -> None:
+        """Lay the frozen weights of the layers with a common input below each other, unless they lie so."""
+        names = ("to_k", "to_v") if attn.is_cross_attention else ("to_q", "to_k", "to_v")
+        layers = [attn.get_submodule(name) for name in names]
+        bases = [layer.base_layer if isinstance(layer, Linear) else layer for layer in layers]
+        if {type(base) for base in bases} == {nn.Linear}:
+            self._frozen(names, bases)
+
     def _project(
         self, attn: Attention, names: tuple[str, ...], x: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
@@ -96,7 +115,8 @@ class GroupedAttention:
             factors = [layer.lora_A[adapters.ADAPTER].weight for layer in layers]
             factors += [layer.lora_B[adapters.ADAPTER].weight for layer in layers]
             scale = layers[0].scaling[adapters.ADAPTER]
-            y = Projection.apply(rows, weight, bias, scale, *factors)
+            project = plain_projection if torch.compiler.is_compiling() else Projection.apply
+            y = project(rows, weight, bias, scale, *factors)
         else:
             y = F.linear(rows, weight, bias)
         return y.unflatten(0, x.shape[:2]).split([base.out_features for base in bases], -1)
@@ -111,6 +131,8 @@ class GroupedAttention:
         first = bases[0]
         if len(bases) == 1:
             return first.weight, first.bias
+        if torch.compiler.is_compiling():  # `lay` has been called; an address cannot be compiled
+            return self._shared[names]
         if (
             names not in self._shared
             or self._shared[names][0].data_ptr() != first.weight.data_ptr()

@@ -11,7 +11,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_nb"
 FLOORS = (
     ("errors", "redaction", "files", "show", "config", "flags", "rng", "env"),
     ("objectives", "data", "families"),
-    ("adapters", "projections", "disk_cache", "cache", "loss", "formats", "optimization"),
+    (
+        "adapters",
+        "projections",
+        "compiling",
+        "disk_cache",
+        "cache",
+        "loss",
+        "formats",
+        "optimization",
+    ),
     (
         "class_pictures",
         "memory",

@@ -201,6 +201,13 @@ def test_a_quantized_base_saves_what_its_weights_shrink_by_and_costs_its_widenin
         assert not rung.measured
 
 
+def test_the_rungs_of_a_compiled_run_are_configs_too(config, family):
+    config = config.replace(resolution=512, torch_compile=True)
+    for rung in rungs(config, family, 10**12):
+        config.replace(**rung.changes).validate()
+    assert rung.changes["base_model_precision"] == "nf4"
+
+
 def _bytes(module):
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 

@@ -1,6 +1,8 @@
 """The parts of the benchmark: each measures one thing and returns plain data for the tables."""
 
 import dataclasses
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -131,9 +133,11 @@ def _compared(
 
 
 def switches(bench: Bench) -> dict[str, Any]:
-    """Each switch on against off, in one process that runs both in turn."""
+    """Each switch on against off, in one process that runs both in turn; compiling takes a C++ compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    names = [name for name in SWITCHES if compiler or "compile" not in name]
     found = bench.ours(
-        "switches", 1, names=list(SWITCHES), rounds=bench.rounds, timed=max(4, bench.steps // 4)
+        "switches", 1, names=names, rounds=bench.rounds, timed=max(4, bench.steps // 4)
     )
     return {"rows": found.found["rows"]}
 

@@ -37,6 +37,14 @@ SWITCHES = {
         2e-3,
         {"mixed_precision": "bf16"},
     ),
+    "compile": Switch("repeated blocks compiled", {}, {"torch_compile": True}, 1e-5),
+    "bf16 compile": Switch(
+        "repeated blocks compiled, in bf16",
+        {},
+        {"torch_compile": True},
+        2e-3,
+        {"mixed_precision": "bf16"},
+    ),
     "checkpointing": Switch(
         "gradient checkpointing (for memory)", {}, {"gradient_checkpointing": True}
     ),

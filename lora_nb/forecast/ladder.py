@@ -150,7 +150,8 @@ def _quantized(climb: _Climb, measured: Measured, family: Any) -> None:
             climb.less_in_steps = saved
         climb.later = times * measured.widening[kind]
         says = f"another result: frozen linear layers are rounded to {kind}"
-        climb.add(f"{kind} base", says, base_model_precision=kind)
+        plain = {"torch_compile": False} if climb.config.torch_compile else {}
+        climb.add(f"{kind} base", says, base_model_precision=kind, **plain)
 
 
 def _largest(climb: _Climb) -> int:

@@ -1,0 +1,124 @@
+"""Compiled blocks: the same training to rounding, the same files, no compiling again and again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_nb import adapters, compiling
+from lora_nb.errors import ConfigError
+from lora_nb.families import load_family
+from lora_nb.inference import with_samples
+from lora_nb.trainer import train
+
+long = pytest.mark.long  # g++ compiles for a minute and more
+
+
+def losses(config):
+    return [step.loss for step in train(config)]
+
+
+def graphs():
+    """How many graphs were compiled so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def _anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@long
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fused_lora": False},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_a_compiled_training_has_the_losses_of_a_plain_one(config, changes):
+    config = config.replace(max_train_steps=6, overwrite=True, **changes)
+    plain = losses(config)
+    before = graphs()
+    compiled = losses(config.replace(torch_compile=True))
+    assert graphs() > before
+    assert compiled == pytest.approx(plain, abs=1e-5)
+
+
+@long
+def test_files_are_those_of_a_plain_training(config):
+    keys = {}
+    for on in (False, True):
+        training = train(config.replace(torch_compile=on, overwrite=True))
+        list(training)
+        names = list(training.family.unet.state_dict())
+        keys[on] = names, [f.name for f in sorted(training.folder.rglob("*.safetensors"))]
+    assert keys[True] == keys[False]
+
+
+@long
+def test_samples_probe_and_checkpoints_between_steps_compile_nothing(config):
+    config = config.replace(
+        torch_compile=True, max_train_steps=5, validation_prompts=("a",), num_validation_images=1,
+        validation_steps=1, num_inference_steps=2, probe_steps=1, checkpointing_steps=1,
+    )  # fmt: skip
+    counts = [graphs() for _ in with_samples(train(config))]
+    assert counts[0] > 0
+    assert len(set(counts)) == 1
+
+
+REST = """
+import sys
+from lora_nb import TrainConfig, train
+print([step.loss for step in train(TrainConfig.from_json(sys.argv[1]))])
+"""
+
+
+@long
+def test_a_compiled_run_goes_on_bit_for_bit_in_another_process_that_compiles_anew(config, tmp_path):
+    config = config.replace(torch_compile=True)
+    steps = iter(train(config))
+    halves = [next(steps).loss, next(steps).loss]
+    steps.close()
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REST, config.to_json()],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    halves += json.loads(done.stdout.splitlines()[-1])
+    assert halves == losses(config.replace(output_dir=str(tmp_path / "whole")))
+
+
+@long
+def test_the_blocks_of_a_family_are_plain_again_in_the_next_training(config, tiny_sd):
+    family = load_family("sd", str(tiny_sd))
+    list(train(config.replace(torch_compile=True, max_train_steps=1), family))
+    list(train(config.replace(overwrite=True, max_train_steps=1), family))
+    assert not any("forward" in vars(module) for module in family.unet.modules())
+
+
+def test_a_machine_without_a_compiler_is_told_before_the_first_step(config, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match="no-such-compiler"):
+        train(config.replace(torch_compile=True))
+
+
+def test_a_quantized_base_is_not_compiled(config):
+    with pytest.raises(ConfigError, match="cannot be combined"):
+        train(config.replace(torch_compile=True, base_model_precision="nf4"))
+
+
+def test_a_network_without_repeated_blocks_is_refused(tiny_sd, monkeypatch):
+    family = load_family("sd", str(tiny_sd))
+    monkeypatch.setattr(type(family.unet), "_repeated_blocks", [])
+    with pytest.raises(ConfigError, match="names none"):
+        compiling.compile_blocks(family)
+    assert not adapters.has_adapter(family.unet)
