@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_notebooks import NEEDS, NOTEBOOKS, code, with_parameters
 
-from lora_nb import checkpoint, read_config, run_folder, save_config
+from lora_nb import checkpoint, lock, read_config, run_folder, save_config
 
 PATIENCE = 1800  # seconds for one cell on a machine that has other work
 BY_NAME = {path.stem: path for path in NOTEBOOKS}
@@ -159,10 +159,11 @@ def probe_little(runs: Path) -> None:
 def assert_same(left: Path, other: Path) -> None:
     """The same files with the same contents: tensors, pictures, settings, and what the histories tell, nothing twice.
 
-    A run that was stopped has a checkpoint more, of the step it was stopped at.
+    A run that was stopped has a checkpoint more, of the step it was stopped at. A training that was made and not iterated
+    over holds its folder until its kernel ends.
     """
     a, b = (
-        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        {p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name != lock.FILE}
         for folder in (left, other)
     )
     more = {path for path in b - a if is_of_a_stop((other / path).parent)}
@@ -260,7 +261,7 @@ def killed(run: Whole, runs: Path, share: float) -> bool:
 
     Where the run has checkpoints before its end, the kernel dies after the first one, and the run goes on from there.
     """
-    wanted = early_checkpoints(run.left)
+    wanted = early_checkpoints(run.left) - checkpoints(run.found)
     with Kernel(runs) as kernel:
         request = start(run, kernel, share)
         while not (reply := kernel.end(request, timeout=0.05)):
