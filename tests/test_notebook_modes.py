@@ -159,8 +159,8 @@ def probe_little(runs: Path) -> None:
 def assert_same(left: Path, other: Path) -> None:
     """The same files with the same contents: tensors, pictures, settings, and what the histories tell, nothing twice.
 
-    A run that was stopped has a checkpoint more, of the step it was stopped at. A training that was made and not iterated
-    over holds its folder until its kernel ends.
+    A run that was stopped has a checkpoint more, of the step it was stopped at. A training that was made and is not
+    iterated over holds its folder until its kernel ends.
     """
     a, b = (
         {p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name != lock.FILE}
