@@ -137,15 +137,21 @@ def test_rank_slider_moves_by_keyboard_mouse_and_readout(panel):
     lab, rank = panel, slider(panel, 1, "rank")
     rank.scroll_into_view_if_needed()
     handle, readout = rank.locator(".noUi-handle"), rank.locator(".widget-readout")
+    alpha = slider(panel, 1, "alpha").locator(".widget-readout")
 
     def numbers() -> str:
         return lab.output(1).locator(".widget-html").all_inner_texts().__str__()
 
     def told() -> tuple[int, float]:
+        # The page sends one change at a time; alpha's slider is moved from the kernel's side, after rank's has arrived.
+        lab.until(
+            lambda: float(alpha.inner_text()) == float(readout.inner_text()),
+            "alpha to follow rank",
+        )
         lab.run(2)
         lab.until(lambda: len(lab.text(2).split()) == 2, "the cell's output to be drawn")
-        rank, alpha = lab.text(2).split()
-        return int(rank), float(alpha)
+        first, second = lab.text(2).split()
+        return int(first), float(second)
 
     before = numbers()
     assert readout.inner_text() == "8"
