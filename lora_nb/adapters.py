@@ -4,7 +4,7 @@ The layers are peft's. What is decided here: start values by named randomness, f
 one place that says which weights train.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -133,6 +133,12 @@ def layers(module: torch.nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
             yield name, layer
+
+
+def base_weights(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Of a module's named weights those under its adapters, by the names that they have without any."""
+    plain = ((name.replace(".base_layer", ""), weight) for name, weight in named)
+    return {name: weight for name, weight in plain if "lora_" not in name}
 
 
 def set_scale(family: Family, scale: float | dict[str, float]) -> None:

@@ -20,7 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lora_nb import env
+from lora_nb import adapters, env
 from lora_nb.families import Family, network
 from lora_nb.files import free_megabytes, temporary_beside
 
@@ -141,6 +141,5 @@ def _weights(value: Any) -> list[tuple[str, torch.Tensor]]:
         return [("", value)]
     if not isinstance(value, torch.nn.Module):
         return []
-    # Layers that carry an adapter keep their names.
-    named = [(k.replace(".base_layer", ""), w) for k, w in value.state_dict().items()]
-    return sorted((k, w) for k, w in named if "lora_" not in k and w.numel())
+    named = adapters.base_weights(value.state_dict().items())
+    return sorted((k, w) for k, w in named.items() if w.numel())

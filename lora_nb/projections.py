@@ -93,8 +93,7 @@ class GroupedAttention:
     def lay(self, attn: Attention) -> None:
         """Lay the frozen weights of the layers with a common input below each other, unless they lie so."""
         names = ("to_k", "to_v") if attn.is_cross_attention else ("to_q", "to_k", "to_v")
-        layers = [attn.get_submodule(name) for name in names]
-        bases = [layer.base_layer if isinstance(layer, Linear) else layer for layer in layers]
+        _, bases = _layers(attn, names)
         if {type(base) for base in bases} == {nn.Linear}:
             self._frozen(names, bases)
 
@@ -102,8 +101,7 @@ class GroupedAttention:
         self, attn: Attention, names: tuple[str, ...], x: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of the named layers for their common input x, (B, N, out) each."""
-        layers = [attn.get_submodule(name) for name in names]
-        bases = [layer.base_layer if isinstance(layer, Linear) else layer for layer in layers]
+        layers, bases = _layers(attn, names)
         adapted = [layer for layer in layers if layer not in bases and _active(layer)]
         alike = len(adapted) in (0, len(layers)) and all(map(_simple, adapted))
         alike = alike and len({layer.scaling[adapters.ADAPTER] for layer in adapted}) < 2
@@ -140,6 +138,12 @@ class GroupedAttention:
             bias = None if first.bias is None else _side_by_side([base.bias for base in bases])
             self._shared[names] = _side_by_side([base.weight for base in bases]), bias
         return self._shared[names]
+
+
+def _layers(attn: Attention, names: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The named layers, and under those that carry adapters the plain ones."""
+    layers = [attn.get_submodule(name) for name in names]
+    return layers, [layer.base_layer if isinstance(layer, Linear) else layer for layer in layers]
 
 
 def _side_by_side(tensors: list[nn.Parameter]) -> torch.Tensor:

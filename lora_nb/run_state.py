@@ -88,14 +88,8 @@ def base_mark(family: Family) -> str:
     """
     digest = hashlib.sha256()
     for part in sorted(family.trainable):
-        # Layers that carry an adapter keep their place in the order.
-        named = {
-            name.replace(".base_layer", ""): weight
-            for name, weight in family.trainable[part].named_parameters()
-        }
+        named = adapters.base_weights(family.trainable[part].named_parameters())
         for name in sorted(named):
-            if "lora_" not in name:
-                weight = named[name]
-                values = weight.detach().flatten()[:SAMPLED].to("cpu", torch.bfloat16)
-                digest.update(values.view(torch.int16).numpy().tobytes())
+            values = named[name].detach().flatten()[:SAMPLED].to("cpu", torch.bfloat16)
+            digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -101,21 +101,17 @@ def unet_config(unet: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def base_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under an adapter, by the names that they have without one."""
-    items = module.state_dict().items()
-    return {key.replace(".base_layer", ""): w for key, w in items if ".lora_" not in key}
-
-
 def as_read(comfy: types.ModuleType, family: Family, file: Path) -> dict[str, torch.Tensor]:
     """The change of each layer, by part and layer, that ComfyUI makes of the file."""
-    shape, weights = unet_config(family.unet), base_weights(family.unet)
+    shape = unet_config(family.unet)
+    weights = adapters.base_weights(family.unet.state_dict().items())
     names = comfy.comfy.utils.unet_to_diffusers(shape)
     ours = {f"diffusion_model.{names[key]}": f"unet.{key}" for key in weights}
     known = {f"diffusion_model.{names[key]}": weight for key, weight in weights.items()}
     keys = comfy.model_lora_keys_unet(Model(known, shape), {})
     for part, theirs in ENCODERS.items():
-        for key, weight in base_weights(getattr(family, part, torch.nn.Module())).items():
+        encoder = getattr(family, part, torch.nn.Module())
+        for key, weight in adapters.base_weights(encoder.state_dict().items()).items():
             name = f"{theirs}.transformer.text_model.{key.removeprefix('text_model.')}"
             ours[name], known[name] = f"{part}.{key}", weight
     clip = {key: w for key, w in known.items() if not key.startswith("diffusion_model.")}
@@ -134,11 +130,10 @@ def trained(family: Family, spec: LoraSpec) -> dict[str, torch.Tensor]:
     adapters.add(family, dict.fromkeys(family.trainable, spec), seed=0)
     changes = {}
     for part, module in family.trainable.items():
-        for name, layer in module.named_modules():
-            if hasattr(layer, "lora_B"):
-                up = layer.lora_B["default"].weight
-                up.data = 0.1 * rng.normal(up.shape, 0, f"{part}.{name}", [0])[0]
-                changes[f"{part}.{name}"] = layer.get_delta_weight("default").detach()
+        for name, layer in adapters.layers(module):
+            up = layer.lora_B[adapters.ADAPTER].weight
+            up.data = 0.1 * rng.normal(up.shape, 0, f"{part}.{name}", [0])[0]
+            changes[f"{part}.{name}"] = layer.get_delta_weight(adapters.ADAPTER).detach()
     return changes
 
 

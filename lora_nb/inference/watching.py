@@ -34,8 +34,8 @@ def with_samples(training: Any) -> Iterator[Any]:
             draw_samples(training, f"step-{step:06d}", step)
 
     with closing(iter(training)) as steps:
-        drawn = {e["step"] for e in read_history(training.folder) if e["event"] == "samples"}
-        done = training.start_step
+        past, done = read_history(training.folder) if draws else [], training.start_step
+        drawn = {event["step"] for event in past if event["event"] == "samples"}
         if draws and 0 not in drawn and done < training.max_train_steps:
             with adapters.disabled(training.family):
                 draw_samples(training, "base", 0)
