@@ -103,8 +103,13 @@ class Gradients:
         """The mean over processes; adapters are small, so this is cheap and needs no wrapped modules."""
         if self.accelerator.num_processes > 1:
             # A layer whose output nothing uses (the last of SDXL's first encoder) has no gradient anywhere.
-            for weight in (w for w in self.learner.all_weights() if w.grad is not None):
-                weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
+            gradients = [w.grad for w in self.learner.all_weights() if w.grad is not None]
+            # As one: processes wait for each other at every exchange, and there are hundreds of small gradients.
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            flat = self.accelerator.reduce(flat, reduction="mean")
+            means = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
 
     def clip(self, done: int) -> dict[str, float]:
         """Clip the gradients of all adapters together; the norm of each part before that."""

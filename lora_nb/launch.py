@@ -33,8 +33,9 @@ class Launch:
     Writes config.json and launch.sh into the run's folder. Each iteration starts the script, or joins the one that is
     running still, and yields the steps that appear in history.jsonl. The interrupt button lets all processes finish
     their step and leave a checkpoint; `interrupted` tells so, and the same loop goes on from there. Samples and the
-    report are made by the first process. Raises ConfigError for a config that cannot be trained or fewer than one
-    process, CheckpointError if the processes end on their own before the last step.
+    report are made by the first process. `overwrite` deletes an old run once, here, not at each iteration. Raises
+    ConfigError for a config that cannot be trained or fewer than one process, CheckpointError if an old run to be
+    deleted is still going, or if the processes end on their own before the last step.
     """
 
     def __init__(self, config: TrainConfig, processes: int):
@@ -45,6 +46,8 @@ class Launch:
         self.config, self.processes = config.replace(output_dir=str(folder)), processes
         self.folder, self.script, self.interrupted = folder, folder / SCRIPT, False
         env.bring_back(folder)
+        if config.overwrite:
+            self._delete_old_run()
         run_folder.save_config(self.config)
         write_atomically(self.script, self._text())
 
@@ -85,6 +88,15 @@ class Launch:
         """The script: the same command works in a terminal, and again goes on."""
         lines = " \\\n  ".join(shlex.quote(word) for word in self.command)
         return f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {lines}\n"
+
+    def _delete_old_run(self) -> None:
+        if running := self._running():
+            raise CheckpointError(
+                f"Process {running.pid} still trains in {self.folder}, so its run was not overwritten; stop it first, "
+                "or leave out overwrite to join it."
+            )
+        run_folder.delete(self.folder)
+        self.config = self.config.replace(overwrite=False)
 
     def _start(self) -> psutil.Process:
         with open(self.folder / LOG, "w", encoding="utf-8") as log:

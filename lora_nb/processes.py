@@ -51,9 +51,17 @@ def any_of(accelerator: Accelerator, flag: bool) -> bool:
 
 def gathered(accelerator: Accelerator, losses: list[Loss]) -> Loss:
     """The losses of a step's pieces, on every process, as one: their sum, and the entries of all pictures."""
-    per_image = accelerator.gather(torch.cat([each.per_image for each in losses]))
-    timesteps = accelerator.gather(
-        torch.cat([each.timesteps for each in losses]).to(per_image.device)
+    loss = torch.stack([each.loss for each in losses]).sum()
+    per_image = torch.cat([each.per_image for each in losses])
+    timesteps = torch.cat([each.timesteps for each in losses]).to(per_image.device)
+    if accelerator.num_processes == 1:
+        return Loss(loss, per_image, timesteps)
+    # As one: processes wait for each other at every exchange. A float64 holds each of the three exactly.
+    mine = torch.cat([loss[None].double(), per_image.double(), timesteps.double()])
+    every = accelerator.gather(mine).view(accelerator.num_processes, -1)
+    losses_of, images_of, steps_of = every.split([1, len(per_image), len(timesteps)], dim=1)
+    return Loss(
+        losses_of.mean().to(loss.dtype),
+        images_of.flatten().to(per_image.dtype),
+        steps_of.flatten().to(timesteps.dtype),
     )
-    loss = accelerator.reduce(torch.stack([each.loss for each in losses]).sum(), reduction="mean")
-    return Loss(loss, per_image, timesteps)

@@ -155,7 +155,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, checkpoint.Checkpoint | N
     """
     folder = Path(config.output_dir)
     if config.overwrite:
-        _delete(folder)
+        delete(folder)
     checkpoint.sweep(folder)
     saved = _chosen(config, folder)
     if config.seed is None:
@@ -229,7 +229,7 @@ def _other_run(folder: Path, changed: dict[str, tuple[Any, Any]]) -> CheckpointE
     )
 
 
-def _delete(folder: Path) -> None:
+def delete(folder: Path) -> None:
     """Remove a run's own files; anything else in the folder stays."""
     if not (folder / CONFIG).is_file():
         return

@@ -1,15 +1,17 @@
 """Several processes from a notebook: the same training, stopped, gone on with, joined after the notebook died."""
 
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lora_nb import read_history, save_config, train
 from lora_nb.errors import CheckpointError, ConfigError
-from lora_nb.launch import LOG, SCRIPT, Launch
+from lora_nb.launch import LOG, PROCESS, SCRIPT, Launch
 
 NOTEBOOK = """
 import sys
@@ -62,6 +64,17 @@ def test_two_processes_outlive_the_notebook_stop_and_go_on(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_old_run_is_overwritten_once_and_its_steps_are_not_taken_for_new_ones(config):
+    run = config.replace(max_train_steps=3, seed=1)
+    assert len(list(Launch(run, 1))) == 3
+    launch = Launch(run.replace(max_train_steps=2, learning_rate=2e-3, overwrite=True), 1)
+    assert [step.step for step in launch] == [1, 2]
+    assert list(launch) == []  # the second time it goes on, and nothing is left to do
+    saved = {path.name for path in launch.folder.glob("checkpoint-*")}
+    assert saved == {"checkpoint-2"}
+
+
+@pytest.mark.slow
 def test_what_the_processes_said_is_not_lost(config):
     launch = Launch(config.replace(train_data_dir="/nowhere"), 1)
     with pytest.raises(CheckpointError, match=r"error: .*/nowhere.*launch\.log"):
@@ -79,6 +92,20 @@ def test_the_script_is_a_command_for_a_terminal(config, tmp_path, monkeypatch):
     assert f"'--config={Path('a run').resolve() / 'config.json'}'" in text
     assert "--multi_gpu" not in (Launch(run, 1).folder / SCRIPT).read_text()
     assert subprocess.run(["bash", "-n", str(tmp_path / "a run" / SCRIPT)]).returncode == 0
+
+
+def test_a_launch_does_not_overwrite_a_run_that_goes_on(config):
+    launch = Launch(config, 1)
+    sleeper = psutil.Popen(["sleep", "60"])
+    try:
+        mark = {"pid": sleeper.pid, "started": sleeper.create_time()}
+        (launch.folder / PROCESS).write_text(json.dumps(mark))
+        with pytest.raises(CheckpointError, match=f"Process {sleeper.pid} still trains"):
+            Launch(config.replace(overwrite=True), 1)
+        assert (launch.folder / "config.json").is_file()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 def test_a_launch_refuses_what_cannot_run(config):

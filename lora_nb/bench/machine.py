@@ -39,11 +39,15 @@ def state(environment: dict[str, str]) -> dict[str, str]:
     }
 
 
-def peak() -> float:
-    """GFLOP/s of float32 matrix products of 1024 by 1024 with the threads of this process, the best of 20."""
+def peak(precision: str) -> float:
+    """GFLOP/s of matrix products of 1024 by 1024 with the threads of this process, the best of 20.
+
+    precision: bf16, or no for float32.
+    """
     import torch
 
-    a, b = torch.randn(2, SIDE, SIDE).unbind()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, SIDE, SIDE, dtype=dtype).unbind()
     best = float("inf")
     for _ in range(TIMES):
         began = time.perf_counter()

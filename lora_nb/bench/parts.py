@@ -20,6 +20,7 @@ from lora_nb.families.shapes import SHAPES
 TFLOP = 0.0035  # of a picture, UNet forward and LoRA backward
 EPOCHS = (1, 3, 10)
 GATES = {"no": 1e-6, "bf16": 2e-3}  # largest difference of losses
+WAITING = ((1, "3000"), (2, "3000"), (2, "0"))  # threads, and how long one waits awake for another
 PICTURE = ("--validation_prompt", "a red thing", "--num_validation_images", "4")
 
 
@@ -94,33 +95,47 @@ class Bench:
             self.parity[precision] = worst
         return self.parity
 
-    def peak(self) -> float:
+    def peak(self, precision: str = "no") -> float:
         """GFLOP/s of a matrix product now, with the threads of the benchmark."""
-        return self.runner.run({"kind": "peak"}).found["gflops"]
+        return self.runner.run({"kind": "peak", "precision": precision}).found["gflops"]
 
 
 def training(bench: Bench) -> dict[str, Any]:
-    """Seconds of a steady step, both sides in turn; batch 4 in float32 and bf16, batch 1 in float32."""
+    """Seconds of a steady step, both sides in turn; batch 4 in float32 and bf16, batch 1 in float32.
+
+    At batch 4 our compiled step takes its turn too, where there is a C++ compiler.
+    """
     parity = bench.check_parity()
     rows, steps = [], bench.steps + DROPPED
     for batch, precision in ((4, "no"), (1, "no"), (4, "bf16")):
-        pairs, peaks = [], []
+        variants = {"": ()} | (
+            {"compiled": ("--torch_compile",)} if batch > 1 and _compiler() else {}
+        )
+        pairs: dict[str, list[tuple[Result, Result]]] = {name: [] for name in variants}
+        peaks = []
         for _ in range(bench.rounds):
-            peaks.append(bench.peak())
+            peaks.append(bench.peak(precision))
             theirs = bench.theirs(steps, batch, precision)
-            pairs.append((theirs, bench.ours("steady", steps, batch, precision)))
-        rows.append(_compared(batch, precision, pairs, max(peaks)))
+            for name, extra in variants.items():
+                ours = bench.ours("steady", steps, batch, precision, extra=extra)
+                pairs[name].append((theirs, ours))
+        rows += [_compared(batch, precision, name, pairs[name], max(peaks)) for name in variants]
     return {"parity": parity, "rows": rows, "steps": bench.steps, "rounds": bench.rounds}
 
 
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
 def _compared(
-    batch: int, precision: str, pairs: list[tuple[Result, Result]], peak: float
+    batch: int, precision: str, variant: str, pairs: list[tuple[Result, Result]], peak: float
 ) -> dict[str, Any]:
     middle = statistics.median
     seconds = [middle(side.per_step() for side in column) for column in zip(*pairs, strict=True)]
     return {
         "batch": batch,
         "precision": precision,
+        "variant": variant,
         "theirs": seconds[0],
         "ours": seconds[1],
         "cpu": [a.per_step(1) / b.per_step(1) for a, b in pairs],
@@ -134,8 +149,7 @@ def _compared(
 
 def switches(bench: Bench) -> dict[str, Any]:
     """Each switch on against off, in one process that runs both in turn; compiling takes a C++ compiler."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    names = [name for name in SWITCHES if compiler or "compile" not in name]
+    names = [name for name in SWITCHES if _compiler() or "compile" not in name]
     found = bench.ours(
         "switches", 1, names=names, rounds=bench.rounds, timed=max(4, bench.steps // 4)
     )
@@ -182,13 +196,13 @@ def validation(bench: Bench) -> dict[str, Any]:
     """Four sample pictures of 30 denoising steps: the script draws one by one, ours in one batch."""
     rows, theirs = [], []
     for precision in ("no", "bf16"):
-        ours = []
+        ours, peaks = [], []
         for _ in range(min(2, bench.rounds)):
             if bench.reference and precision == "no":
                 found = bench.theirs(1, extra=PICTURE)
                 theirs.append(statistics.median(found.found["pictures"]))
-            job = {"extra": PICTURE}
-            found = bench.ours("validation", 2, 4, precision, **job)
+            peaks.append(bench.peak(precision))
+            found = bench.ours("validation", 2, 4, precision, extra=PICTURE)
             ours.append(statistics.median(found.found["pictures"]))
         rows.append(
             {
@@ -197,6 +211,7 @@ def validation(bench: Bench) -> dict[str, Any]:
                 "ours": statistics.median(ours),
                 "ratios": [a / b for a, b in zip(theirs, ours, strict=False)],
                 "difference": found.found.get("difference"),
+                "least": found.found["flop"] / max(peaks) / 1e9,
             }
         )
     return {"rows": rows}
@@ -238,25 +253,45 @@ def scaling(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _two_processes(bench: Bench) -> dict[str, float]:
-    """Wall seconds of a step with one process, and with two that share its pictures; a thread each."""
+def _two_processes(bench: Bench) -> dict[str, Any]:
+    """Wall seconds of a step with one process, and with two that share its pictures; a thread each, in turns."""
     steps = bench.steps + DROPPED
-    alone = bench.ours("steady", steps, 8).per_step(0)
-    both = bench.ours("launch", steps, 4).found["seconds"]
-    return {"one": alone, "two": both, "ratio": alone / both}
+    pairs = [
+        (
+            bench.ours("steady", steps, 8).per_step(0),
+            bench.ours("launch", steps, 4).found["seconds"],
+        )
+        for _ in range(bench.rounds)
+    ]
+    alone, both = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {"one": alone, "two": both, "ratios": [a / b for a, b in pairs]}
 
 
-def _neighbour(bench: Bench) -> dict[str, float]:
-    """Wall seconds of a step with two threads, alone and beside a process that keeps one core busy."""
-    two = dataclasses.replace(bench, threads=2)
-    quiet = two.ours("steady", bench.steps // 2 + DROPPED).per_step(0)
-    busy = two.runner.start({"kind": "spin"}, OMP_NUM_THREADS="1")
+def _neighbour(bench: Bench) -> list[dict[str, Any]]:
+    """Wall seconds of a step, alone and beside a process that keeps one core busy; in turns, by threads and waiting."""
+    rows = []
+    for threads, spins in WAITING:
+        one = dataclasses.replace(bench, threads=threads)
+        pairs = [_alone_and_beside(one, {"GOMP_SPINCOUNT": spins}) for _ in range(bench.rounds)]
+        quiet, beside = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = [b / a for a, b in pairs]
+        found = {"quiet": quiet, "beside": beside, "ratios": ratios}
+        rows.append({"threads": threads, "spins": spins} | found)
+    return rows
+
+
+def _alone_and_beside(bench: Bench, environment: dict[str, str]) -> tuple[float, float]:
+    def step() -> float:
+        steps = bench.steps // 2 + DROPPED
+        return bench.ours("steady", steps, environment=environment).per_step(0)
+
+    quiet = step()
+    busy = bench.runner.start({"kind": "spin"}, OMP_NUM_THREADS="1")
     try:
-        beside = two.ours("steady", bench.steps // 2 + DROPPED).per_step(0)
+        return quiet, step()
     finally:
         busy.process.kill()
         busy.process.wait()
-    return {"quiet": quiet, "beside": beside, "ratio": beside / quiet}
 
 
 def forecast(bench: Bench) -> dict[str, Any]:

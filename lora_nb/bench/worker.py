@@ -99,8 +99,12 @@ def _replay(job: dict[str, Any], clock: Clock) -> None:
 
 
 def _validation(job: dict[str, Any], clock: Clock) -> None:
-    """Our sample pictures of one validation, with the adapter merged; the largest difference to one by one."""
+    """Our sample pictures of one validation, with the adapter merged: CPU seconds and arithmetic of one.
+
+    In float32 also the largest difference to pictures drawn one by one.
+    """
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     from lora_nb.inference import draw_samples, drawing
     from lora_nb.trainer import train
@@ -111,6 +115,9 @@ def _validation(job: dict[str, Any], clock: Clock) -> None:
     began = time.process_time()
     draw_samples(training, "timed", 1)
     clock.found["pictures"] = [(time.process_time() - began) / 4] * 4
+    with FlopCounterMode(display=False) as counter:
+        draw_samples(training, "counted", 1)
+    clock.found["flop"] = counter.get_total_flops() / 4
     if training.family.dtype == torch.float32:
         prompts, seeds = ["a red thing"] * 4, [0, 1, 2, 3]
         sampling = {"num_inference_steps": 4, "guidance_scale": 7.5, "guidance_rescale": 0.0}
@@ -175,7 +182,7 @@ def _peak(job: dict[str, Any], clock: Clock) -> None:
     """GFLOP/s of a matrix product."""
     from lora_nb.bench.machine import peak
 
-    clock.found["gflops"] = peak()
+    clock.found["gflops"] = peak(job["precision"])
 
 
 KINDS = {
