@@ -170,6 +170,15 @@ class TrainConfig:
         "compile the network's repeated blocks in the first step (needs a C++ compiler); the result is the same to "
         "rounding",
     )
+    cuda_graph: bool = _setting(
+        True,
+        "on a CUDA GPU, launch the whole step at once where it can be captured; the result is the same to rounding",
+    )
+    channels_last: bool = _setting(
+        True,
+        "on a CUDA GPU, keep the network's convolutions in the layout its fastest kernels read; the result is the same "
+        "to rounding",
+    )
     dataloader_num_workers: int = _setting(
         0, "accepted for compatibility; batches are made in the training process"
     )

@@ -60,7 +60,7 @@ class Gradients:
                     self.accelerator.backward(loss)
                     results.append(Loss(loss.detach(), result.per_image.detach(), result.timesteps))
                     taken.append(batch.positions)
-        self._refuse_non_finite(results, taken, done)
+        self.refuse_loss(results, taken, done)
         return results
 
     @contextmanager
@@ -75,7 +75,8 @@ class Gradients:
             )
             yield
 
-    def _refuse_non_finite(self, results: list[Loss], taken: list[list[int]], done: int) -> None:
+    def refuse_loss(self, results: list[Loss], taken: list[list[int]], done: int) -> None:
+        """Raise NumericsError if a loss of step done + 1 is not finite; taken: the sample positions of each."""
         # One look at all micro-steps: each makes the processor wait for the device.
         losses = torch.stack([result.loss for result in results]).tolist()
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
@@ -114,22 +115,35 @@ class Gradients:
     def clip(self, done: int) -> dict[str, float]:
         """Clip the gradients of all adapters together; the norm of each part before that."""
         self.accelerator.unscale_gradients()
-        norms = {
-            part: torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-            for part, weights in self.learner.weights.items()
-        }
-        total = torch.nn.utils.get_total_norm(list(norms.values()))
+        norms, total = clipped(self.learner.weights, self.config.max_grad_norm)
         # A loss scaler skips such steps itself and goes on with a smaller scale.
-        if not math.isfinite(total) and self.accelerator.scaler is None:
-            raise NumericsError(
-                f"The gradient of step {done + 1} is not finite, so training stopped before the optimizer used it: "
-                "lower the learning rate or train in float32."
-            )
-        if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.learner.all_weights(), self.config.max_grad_norm, total
-            )
+        if self.accelerator.scaler is None:
+            refuse_gradient(float(total), done)
         return {part: float(norm) for part, norm in norms.items()}
+
+
+def clipped(
+    weights: dict[str, list[torch.nn.Parameter]], limit: float
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Clip the gradients of all parts together, not at all for 0; the norm of each part and of all before that."""
+    norms = {
+        part: torch.nn.utils.get_total_norm([w.grad for w in group if w.grad is not None])
+        for part, group in weights.items()
+    }
+    total = torch.nn.utils.get_total_norm(list(norms.values()))
+    if limit:
+        every = [weight for group in weights.values() for weight in group]
+        torch.nn.utils.clip_grads_with_norm_(every, limit, total)
+    return norms, total
+
+
+def refuse_gradient(norm: float, done: int) -> None:
+    """Raise NumericsError if the norm of the gradient of step done + 1 is not finite."""
+    if not math.isfinite(norm):
+        raise NumericsError(
+            f"The gradient of step {done + 1} is not finite, so training stopped before the optimizer used it: "
+            "lower the learning rate or train in float32."
+        )
 
 
 @contextmanager

@@ -57,9 +57,13 @@ class Learner:
         if any(weight.dtype != torch.float32 for weight in self.all_weights()):
             raise NumericsError("Trainable weights must be float32; something has changed theirs.")
 
-    def refuse_non_finite(self, step: int, saved_step: int) -> None:
-        """Raise NumericsError if step `step` has made a weight infinite or not a number."""
-        if not math.isfinite(torch.nn.utils.get_total_norm(self.all_weights())):
+    def norm(self) -> torch.Tensor:
+        """The norm of all trainable weights together."""
+        return torch.nn.utils.get_total_norm(self.all_weights())
+
+    def refuse_non_finite(self, norm: float, step: int, saved_step: int) -> None:
+        """Raise NumericsError if step `step` has made a weight, and so their norm, infinite or not a number."""
+        if not math.isfinite(norm):
             raise NumericsError(
                 f"After step {step} the norm of the weights is not finite (learning rates {self.rates.peaks}), so it "
                 f"was not kept; the last checkpoint is of step {saved_step}: lower the learning rate."
@@ -74,6 +78,9 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
     if config.output_kohya_format:
         formats.kohya.layout_of(family)  # refuses now what could not be written at the end
     lora = adapters.named(family, config.lora)
+    if family.device.type == "cuda":  # on a CPU the other kernels lose what convolutions gain
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        torch.nn.Module.to(network(family), memory_format=layout)
     adapters.add(family, lora, seed=config.seed)
     (projections.group if config.fused_lora else projections.ungroup)(family)
     (compiling.compile_blocks if config.torch_compile else compiling.restore_blocks)(family)

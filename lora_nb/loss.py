@@ -27,7 +27,7 @@ def diffusion_loss(family: Family, batch: Batch, noise_offset: float = 0.0) -> L
     objective, draw = family.objective, (batch.seed, batch.positions)
     x0 = family.latents(batch)  # (B, C, h, w), or (B, D) for an embedding
     condition = family.condition(batch)
-    noise = _named_noise(x0, *draw, noise_offset)
+    noise = named_noise(x0, *draw, noise_offset)
     t = objective.sample_t(rng.uniform(draw[0], "timesteps", draw[1]))  # (B,)
     x_t = objective.add_noise(x0, noise, t)
     prediction = family.predict(x_t, t, condition)
@@ -39,7 +39,7 @@ def diffusion_loss(family: Family, batch: Batch, noise_offset: float = 0.0) -> L
     return Loss((per_image * weight).mean(), per_image, t)
 
 
-def _named_noise(x0: torch.Tensor, seed: int, positions: list[int], offset: float) -> torch.Tensor:
+def named_noise(x0: torch.Tensor, seed: int, positions: list[int], offset: float) -> torch.Tensor:
     """Standard normal noise like x0, plus the offset's constants."""
     noise = rng.normal(x0.shape[1:], seed, "noise", positions)
     if offset:

@@ -22,6 +22,7 @@ from lora_nb import (
     data,
     env,
     formats,
+    graphed,
     precision,
     processes,
     run_folder,
@@ -33,7 +34,8 @@ from lora_nb.config import TrainConfig
 from lora_nb.errors import CheckpointError, NumericsError
 from lora_nb.families import Family, family_of
 from lora_nb.files import write_atomically
-from lora_nb.gradients import Gradients
+from lora_nb.gradients import Gradients, refuse_gradient
+from lora_nb.graphed import GraphedStep
 from lora_nb.health import Health
 from lora_nb.learner import Learner
 from lora_nb.lock import Claim
@@ -144,6 +146,11 @@ class Training:
         )
         self.cache, self.class_cache = self.batches.cache, self.batches.class_cache
         self.gradients = Gradients(config, accelerator, self.learner, self.batches, history)
+        self.graphed = (
+            GraphedStep(config, self.learner, self.batches, self.gradients)
+            if graphed.applies(config, accelerator, self.gradients)
+            else None
+        )
         self.monitor = Monitor(config, self.learner, self.max_train_steps, history)
         self.checkpoints = RunCheckpoints(
             config, accelerator, self.learner, self.gradients, history, self.batches.fingerprint
@@ -223,16 +230,32 @@ class Training:
                 self._close()
 
     def _step(self, done: int) -> Step:
-        """Gradients of all micro-steps, then one clipped optimizer step."""
+        """Gradients of all micro-steps, then one clipped optimizer step; by a graph where there is one."""
         started = time.perf_counter()
+        if self.graphed is not None and self.graphed.ready(done):
+            losses, grad_norms = self._replay(done)
+        else:
+            losses, grad_norms = self._compute(done)
+        self.done, self.whole = done + 1, True
+        return self._record_of(done, losses, grad_norms, time.perf_counter() - started)
+
+    def _compute(self, done: int) -> tuple[list[Loss], dict[str, float]]:
         losses = self.gradients.of_step(done)
         grad_norms = self.gradients.clip(done)
         self.learner.set_rates(done)
         self.whole = False  # an interrupt from here to the end leaves weights between two steps
         self.learner.optimizer.step()
-        self.learner.refuse_non_finite(done + 1, self.saved_step)
-        self.done, self.whole = done + 1, True
-        return self._record_of(done, losses, grad_norms, time.perf_counter() - started)
+        self.learner.refuse_non_finite(float(self.learner.norm()), done + 1, self.saved_step)
+        return losses, grad_norms
+
+    def _replay(self, done: int) -> tuple[list[Loss], dict[str, float]]:
+        self.whole = False
+        found = self.graphed.run(done, done + 1 < self.max_train_steps)
+        self.whole = not found.used
+        self.gradients.refuse_loss(found.losses, found.taken, done)
+        refuse_gradient(found.total, done)
+        self.learner.refuse_non_finite(found.weights, done + 1, self.saved_step)
+        return found.losses, found.norms
 
     def _record_of(
         self, done: int, losses: list[Loss], grad_norms: dict[str, float], seconds: float

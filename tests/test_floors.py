@@ -38,6 +38,7 @@ FLOORS = (
         "learner",
         "batches",
         "gradients",
+        "graphed",
         "monitor",
         "run_checkpoints",
         "trainer",
