@@ -311,6 +311,7 @@ class GraphedStep:
 
     def _add(self, key: Hashable, micros: list[Micro]) -> bool:
         """Capture the step at new shapes; False, after a warning, if that fails."""
+        memory.release()  # nothing may be freed while a graph is captured
         try:
             held = [micro.buffered(self.device) for micro in micros]
             for buffers, micro in zip(held, micros, strict=True):
@@ -325,7 +326,9 @@ class GraphedStep:
         self.places = self._places()
         return True
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: BaseException) -> None:
+        while error.__context__ is not None:  # the end of a broken capture hides what broke it
+            error = error.__context__
         reason = next(iter(str(error).strip().splitlines()), "")
         self.failed = f"{type(error).__name__}: {reason}"
         self._forget()

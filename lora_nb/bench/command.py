@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,12 @@ class Wanted:
     rounds: int = 3
     steps: int = 30
     threads: int = 1
-    only: tuple[str, ...] = ()
+    only: Sequence[str] = ()
     full: bool = False
     gpu: bool = False
-    cap: float | None = None
+    gpu_cases: Sequence[str] = ()
+    gpu_loops: Sequence[str] = ()
+    gpu_cap: float | None = None
     work: str | None = None
     out: str = "BENCHMARKS.md"
 
@@ -53,10 +56,20 @@ def run(wanted: Wanted, say=print) -> Path:
         _keep(folder, name, found)
         say(f"{name}: {time.perf_counter() - began:.0f} s")
     if wanted.gpu:
-        from lora_nb.bench import gpu
-
-        _keep(folder, "gpu", {"conditions": _conditions(bench)} | gpu.measure(folder, wanted.cap))
+        _measure_gpu(wanted, folder, _conditions(bench), say)
     return _write(wanted, folder)
+
+
+def _measure_gpu(wanted: Wanted, folder: Path, conditions: dict[str, str], say) -> None:
+    """Every row is said, kept and in the tables as soon as it is measured: a rented GPU may go at any time."""
+    from lora_nb.bench import gpu
+
+    def keep(part: dict) -> None:
+        _keep(folder, "gpu", {"conditions": conditions} | part)
+        _write(wanted, folder)
+        say(", ".join(tables.gpu_row(part["rows"][-1])))
+
+    gpu.measure(folder, wanted.gpu_cap, wanted.gpu_cases, wanted.gpu_loops, keep)
 
 
 def _script(wanted: Wanted) -> Path | None:

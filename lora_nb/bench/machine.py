@@ -16,7 +16,8 @@ def describe() -> dict[str, str]:
     """Processor, memory, versions, date and commit, as text by name."""
     import psutil
 
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    there = {each.name for each in importlib.metadata.distributions()}
+    versions = [f"{n} {importlib.metadata.version(n)}" for n in LIBRARIES if n in there]
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": f"{_processor()}, {os.cpu_count()} logical cores, "

@@ -4,6 +4,8 @@ The small one is made to be saved; the published ones are made where they are us
 trained, so they cost what the real ones cost and draw noise.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,30 +109,46 @@ SHAPES = {
 }
 
 
-def parts(shape: str, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """The modules of a shape by the pipeline's names, in float32 on the default device; tokenizers lie in `folder`.
+def parts(
+    shape: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The modules of a shape by the pipeline's names, made on the default device; tokenizers lie in `folder`.
 
-    The tokenizer has one token per character; the encoder's table has all of CLIP's rows, and texts CLIP's length.
+    dtype: of all but the VAE, which is made in float32. The tokenizer has one token per character; the encoder's table
+    has all of CLIP's rows, and texts CLIP's length.
     """
     sizes = SHAPES[shape]
     made: dict[str, Any] = {}
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]), quiet(), _made_in(dtype):
         torch.manual_seed(seed)
         made["unet"] = UNet2DConditionModel(layers_per_block=2, **sizes.unet)
-        made["vae"] = _vae(sizes.vae, 1 if shape == "small" else 2)
+        with _made_in(torch.float32):
+            made["vae"] = _vae(sizes.vae, 1 if shape == "small" else 2)
         for number, (width, layers, heads, projects) in enumerate(sizes.texts):
             suffix = f"_{number + 1}" if number else ""
             tokenizer = _clip_tokenizer(folder / f"tokenizer{suffix}", LENGTH)
             made[f"tokenizer{suffix}"] = tokenizer
             made[f"text_encoder{suffix}"] = _text(tokenizer, width, layers, heads, projects)
-    made["scheduler"] = DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        steps_offset=1,
-    )
+    with torch.device("cpu"):  # where a loaded scheduler has its table
+        made["scheduler"] = DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            steps_offset=1,
+        )
     return made
+
+
+@contextlib.contextmanager
+def _made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Modules that are made inside have weights of this dtype, and are never any other."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def save_small(folder: Path, seed: int = 0) -> Path:
@@ -146,7 +164,7 @@ def load(
 ) -> Family:
     """A shape as a loaded family on the device, made there; tokenizers are written into `folder`."""
     with device:
-        made = parts(shape, folder, seed)
+        made = parts(shape, folder, seed, dtype)
     made["config"] = SimpleNamespace(force_zeros_for_empty_prompt=True)
     objective = Diffusion.from_scheduler(made["scheduler"])
     return SHAPES[shape].family(SimpleNamespace(**made), objective, dtype, device)

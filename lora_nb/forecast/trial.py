@@ -143,7 +143,9 @@ class Trial:
         with meter.watch(self.device) as peak:
             while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
                 times.append(self._step())
-        learner = self.training.learner
+        learner, graphed = self.training.learner, self.training.graphed
+        if graphed is not None:  # a replayed step allocates nothing: it has its memory already
+            peak.bytes = max(peak.bytes, self._micro(self.training.gradients.micro_batch).memory)
         look = _seconds(lambda: health.measure(learner.family, learner.untrained))
         return sum(times) / len(times) + look / health.EVERY, peak.bytes
 

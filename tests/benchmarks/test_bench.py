@@ -143,12 +143,35 @@ def test_the_small_shape_is_the_one_that_was_measured_before(tmp_path):
 
 @pytest.mark.long
 def test_the_gpu_tables_are_made_of_the_same_code_on_a_cpu(tmp_path):
-    case = gpu.Case("small", 2, "bf16")
-    rows = gpu.rows_of(case, tmp_path, torch.device("cpu"), peak=0.1, steps=1)
+    case, here = gpu.cases(["small:2"], "bf16"), torch.device("cpu")
+    rows = list(gpu.rows_of(case, gpu.variants(()), tmp_path, here, peak=0.1, seconds=0.0))
     assert [row["variant"] for row in rows][:2] == ["eager, peft, autocast", "ours"]
+    assert {row["note"] for row in rows} == {""}
     assert all(row["rate"] > 0 for row in rows)
     part = {"rows": rows, "gpu": "a CPU", "peak": 0.1, "cap": "", "conditions": {"on": "x"}}
     assert "| a 17.8 M UNet | 2 | bf16 | ours |" in tables.page({"gpu": part}, {}, "bench", None)
+
+
+def test_the_gpu_cases_are_those_that_are_named_in_their_order():
+    assert gpu.cases(["sdxl:4", "sd15:1:no"], "bf16") == [
+        gpu.Case("sdxl", 4, "bf16"), gpu.Case("sd15", 1, "no"),
+    ]  # fmt: skip
+    assert {case.shape for case in gpu.cases((), "bf16")} == {"sd15", "sdxl"}
+    for word in ("sdxl", "sd9:1", "sdxl:x", "sdxl:1:int3"):
+        with pytest.raises(ConfigError, match="no case"):
+            gpu.cases([word], "bf16")
+    with pytest.raises(ConfigError, match="no loop"):
+        gpu.variants(["fast"])
+
+
+def test_a_gpu_row_that_fails_says_why_and_the_next_one_is_measured(tmp_path):
+    wanted, here = gpu.cases(["small:1"], "no"), torch.device("cpu")
+    loops = ["ours", "int8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpu.VARIANTS, "ours", ("ours", {"use_8bit_adam": True}))
+        rows = list(gpu.rows_of(wanted, loops, tmp_path, here, peak=0.1, seconds=0.0))
+    assert rows[0]["note"].startswith("ConfigError: use_8bit_adam needs")
+    assert rows[1]["rate"] > 0
 
 
 def test_predictions_are_marked_and_within_the_floor():
