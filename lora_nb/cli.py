@@ -209,9 +209,7 @@ _BENCH = """Train ours and the reference script on the same work, made from a se
 Without --reference a plain loop of the same work is the other side. About a quarter of an hour; parts measured before
 are kept."""
 _BENCH_PARTS = "of training switches whole validation startup scaling forecast [all]"
-_BENCH_CASES = (
-    "with --gpu, in this order: SHAPE:BATCH or SHAPE:BATCH:PRECISION, such as sdxl:4 [all]"
-)
+_BENCH_CASES = "with --gpu, in this order: SHAPE:BATCH or SHAPE:BATCH:PRECISION [all there are]"
 _BENCH_LOOPS = "with --gpu, of plain ours eager contiguous checkpointing int8 nf4 [all]"
 _BENCH_FLAGS = (
     ("reference", str, None, "folder of a diffusers checkout"),

@@ -116,10 +116,11 @@ class Gradients:
         """Clip the gradients of all adapters together; the norm of each part before that."""
         self.accelerator.unscale_gradients()
         norms, total = clipped(self.learner.weights, self.config.max_grad_norm)
+        whole, *each = torch.stack([total, *norms.values()]).tolist()  # one wait for the device
         # A loss scaler skips such steps itself and goes on with a smaller scale.
         if self.accelerator.scaler is None:
-            refuse_gradient(float(total), done)
-        return {part: float(norm) for part, norm in norms.items()}
+            refuse_gradient(whole, done)
+        return dict(zip(norms, each, strict=True))
 
 
 def clipped(

@@ -262,6 +262,7 @@ class GraphedStep:
         self.step = StepOnBuffers(config, learner, gradients.modules)
         self.failed: str | None = None  # why steps are eager from now on
         self._next: tuple[int, list[Micro]] | None = None
+        self.weights = list(network(learner.family).parameters())  # to walk the modules takes long
         self._forget()
         for module in network(learner.family).modules():
             if getattr(module, "gradient_checkpointing", False):
@@ -347,10 +348,8 @@ class GraphedStep:
 
     def _places(self) -> list[int]:
         """Where weights and moments lie: merging, moving and loading put them elsewhere."""
-        states = (self.learner.optimizer.state.get(w) for w in self.learner.all_weights())
-        moments = [state["exp_avg"] for state in states if state]
-        every = [*network(self.learner.family).parameters(), *moments[:1]]
-        return [tensor.data_ptr() for tensor in every]
+        moments = self.learner.optimizer.state.get(self.learner.all_weights()[0]) or {}
+        return [tensor.data_ptr() for tensor in (*self.weights, *moments.values())]
 
     def _found(self, values: list[float], micros: list[Micro]) -> Found:
         counts, parts = [len(micro.batch) for micro in micros], list(self.learner.weights)

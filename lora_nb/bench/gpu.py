@@ -57,9 +57,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def cases(named: Sequence[str], precision: str) -> list[Case]:
-    """The cases of words such as sdxl:4, or sdxl:4:no for float32; without any, those below.
+    """The cases of words such as sdxl:4, or sdxl:4:no for float32, in their order.
 
-    Batch 1, 4 and 16 of every published shape in `precision`, batch 1 in float32. Raises ConfigError for a word that
+    Without any: batch 1, 4 and 16 of every published shape in `precision`, and batch 1 in float32. Raises ConfigError for a word that
     is no case.
     """
     large = [name for name, shape in SHAPES.items() if shape.expected]
@@ -73,7 +73,7 @@ def cases(named: Sequence[str], precision: str) -> list[Case]:
         if shape not in SHAPES or not batch.isdecimal() or (own or precision) not in DTYPES:
             raise ConfigError(
                 f"There is no case {word!r}; write SHAPE:BATCH or SHAPE:BATCH:PRECISION with a shape of "
-                f"{', '.join(SHAPES)}, such as sdxl:4."
+                f"{', '.join(SHAPES)}, such as {large[0]}:4."
             )
         found.append(Case(shape, int(batch), own or precision))
     return found
