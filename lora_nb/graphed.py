@@ -260,7 +260,8 @@ class GraphedStep:
         )
         self.device, self.make_capture = learner.family.device, make_capture
         self.step = StepOnBuffers(config, learner, gradients.modules)
-        self.failed: str | None = None  # why steps are eager from now on
+        self.failed, self.reason = False, ""  # whether, and why, all steps are eager from now on
+        self.too_large: set[Hashable] = set()  # shapes whose graph did not fit into memory
         self._next: tuple[int, list[Micro]] | None = None
         self.weights = list(network(learner.family).parameters())  # to walk the modules takes long
         self._forget()
@@ -276,7 +277,7 @@ class GraphedStep:
         if self.places != self._places():
             self._forget()  # a graph would read and write where the weights were
         key = tuple(micro.shape for micro in micros)
-        if key not in self.graphs and not (len(self.graphs) < GRAPHS and self._add(key, micros)):
+        if key not in self.graphs and not self._add(key, micros):
             return False
         self.held, self.replay = self.graphs[key]
         for buffers, micro in zip(self.held, micros, strict=True):
@@ -311,7 +312,9 @@ class GraphedStep:
         return self._next[1]
 
     def _add(self, key: Hashable, micros: list[Micro]) -> bool:
-        """Capture the step at new shapes; False, after a warning, if that fails."""
+        """Capture the step at new shapes; False if there are too many of them or, after a warning, if that fails."""
+        if len(self.graphs) == GRAPHS or key in self.too_large:
+            return False
         memory.release()  # nothing may be freed while a graph is captured
         try:
             held = [micro.buffered(self.device) for micro in micros]
@@ -322,21 +325,26 @@ class GraphedStep:
             self.graphs[key] = held, self.capture(lambda: self.step(held), self.step.hold)
         except Exception as error:  # of many kinds: what a graph cannot hold, and memory
             traceback.clear_frames(error.__traceback__)  # frames hold tensors
-            self._give_up(error)
+            self._give_up(key, error)
             return False
         self.places = self._places()
         return True
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, key: Hashable, error: BaseException) -> None:
         while error.__context__ is not None:  # the end of a broken capture hides what broke it
             error = error.__context__
-        reason = next(iter(str(error).strip().splitlines()), "")
-        self.failed = f"{type(error).__name__}: {reason}"
+        words = next(iter(str(error).strip().splitlines()), "")
+        self.reason = f"{type(error).__name__}: {words}"
+        if isinstance(error, RuntimeError) and memory.ran_out(error):
+            # The eager step takes fewer pictures at a time if it must, and those may fit into a graph.
+            self.too_large.add(key)
+        else:
+            self.failed = True
         self._forget()
         self.learner.optimizer.zero_grad()
         memory.release()
         warnings.warn(
-            f"The step could not be captured as one CUDA graph ({self.failed}), so each of its kernels is launched by "
+            f"The step could not be captured as one CUDA graph ({self.reason}), so each of its kernels is launched by "
             "itself, which is slower; the result is the same. cuda_graph=False says that this is meant.",
             stacklevel=5,
         )

@@ -204,6 +204,33 @@ def test_a_capture_that_fails_leaves_the_eager_step_and_says_why(config):
     check_equal(whole, fallen, 0.0)
 
 
+def test_a_graph_that_does_not_fit_is_tried_again_with_fewer_pictures(config):
+    captured = []
+
+    def small():
+        def capture(run, hold):
+            if training.gradients.micro_batch == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            captured.append(training.gradients.micro_batch)
+            return run
+
+        return capture
+
+    whole = after(train(config))
+    training = train(config.replace(output_dir=config.output_dir + "-2"))
+    training.graphed = GraphedStep(
+        training.config, training.learner, training.batches, training.gradients, small
+    )
+    steps = iter(training)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        first = next(steps)
+    second = next(steps)  # eager, without trying again
+    training.gradients.micro_batch = 1  # as the eager step would once memory ran out
+    rest = list(steps)
+    assert captured == [1]
+    check_equal(whole, ([first, second, *rest], adapters.state(training.family)), 1e-5)
+
+
 # on a GPU
 
 
@@ -219,7 +246,7 @@ def both(config):
     eager = after(train(config.replace(cuda_graph=False)))
     training = graphed(config.replace(output_dir=config.output_dir + "-2"))
     found = after(training)
-    assert training.graphed.failed is None
+    assert training.graphed.reason == ""
     assert training.graphed.graphs
     return eager, found
 

@@ -59,8 +59,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def cases(named: Sequence[str], precision: str) -> list[Case]:
     """The cases of words such as sdxl:4, or sdxl:4:no for float32, in their order.
 
-    Without any: batch 1, 4 and 16 of every published shape in `precision`, and batch 1 in float32. Raises ConfigError for a word that
-    is no case.
+    Without any: batch 1, 4 and 16 of every published shape in `precision`, and batch 1 in float32. Raises ConfigError
+    for a word that is no case.
     """
     large = [name for name, shape in SHAPES.items() if shape.expected]
     if not named:
@@ -254,7 +254,7 @@ def _ours(case: Case, family: Family, models: Models, changes: dict[str, Any]) -
     def note() -> str:
         pieces, graphed = training.gradients.micro_batch, training.graphed
         few = f"{pieces} pictures at a time" if pieces < case.batch else ""
-        failed = f"no graph: {graphed.failed}" if graphed is not None and graphed.failed else ""
+        failed = f"no graph: {graphed.reason}" if graphed is not None and not graphed.graphs else ""
         return "; ".join(filter(None, (few, failed)))
 
     try:
