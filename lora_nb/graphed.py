@@ -252,19 +252,16 @@ class GraphedStep:
         gradients: Gradients,
         make_capture: Callable[[], Callable[[Run, torch.Tensor], Run]] = Capture,
     ):
-        self.config, self.learner, self.batches, self.gradients = (
-            config,
-            learner,
-            batches,
-            gradients,
-        )
+        self.config, self.learner = config, learner
+        self.batches, self.gradients = batches, gradients
         self.device, self.make_capture = learner.family.device, make_capture
         self.step = StepOnBuffers(config, learner, gradients.modules)
+        self.captured = 0  # graphs so far
         self.failed, self.reason = False, ""  # whether, and why, all steps are eager from now on
         self.too_large: set[Hashable] = set()  # shapes whose graph did not fit into memory
         self._next: tuple[int, list[Micro]] | None = None
         self.weights = list(network(learner.family).parameters())  # to walk the modules takes long
-        self._forget()
+        self.forget()
         for module in network(learner.family).modules():
             if getattr(module, "gradient_checkpointing", False):
                 module._gradient_checkpointing_func = _recomputed
@@ -275,7 +272,7 @@ class GraphedStep:
             return False
         micros = self._micros(done)
         if self.places != self._places():
-            self._forget()  # a graph would read and write where the weights were
+            self.forget()  # a graph would read and write where the weights were
         key = tuple(micro.shape for micro in micros)
         if key not in self.graphs and not self._add(key, micros):
             return False
@@ -324,15 +321,16 @@ class GraphedStep:
             self.capture = self.capture or self.make_capture()
             self.graphs[key] = held, self.capture(lambda: self.step(held), self.step.hold)
         except Exception as error:  # of many kinds: what a graph cannot hold, and memory
-            traceback.clear_frames(error.__traceback__)  # frames hold tensors
             self._give_up(key, error)
             return False
-        self.places = self._places()
+        self.places, self.captured = self._places(), self.captured + 1
         return True
 
     def _give_up(self, key: Hashable, error: BaseException) -> None:
+        traceback.clear_frames(error.__traceback__)  # frames hold tensors
         while error.__context__ is not None:  # the end of a broken capture hides what broke it
             error = error.__context__
+            traceback.clear_frames(error.__traceback__)
         words = next(iter(str(error).strip().splitlines()), "")
         self.reason = f"{type(error).__name__}: {words}"
         if isinstance(error, RuntimeError) and memory.ran_out(error):
@@ -340,7 +338,7 @@ class GraphedStep:
             self.too_large.add(key)
         else:
             self.failed = True
-        self._forget()
+        self.forget()
         self.learner.optimizer.zero_grad()
         memory.release()
         warnings.warn(
@@ -349,7 +347,8 @@ class GraphedStep:
             stacklevel=5,
         )
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop all graphs and give their memory back; the next step is captured anew."""
         self.graphs: dict[Hashable, tuple[list[Micro], Run]] = {}
         self.capture, self.replay, self.held = None, None, []
         self.places = self._places()

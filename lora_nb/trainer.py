@@ -329,6 +329,8 @@ class Training:
         finally:
             self.interrupted = not finished
             self.start_step = self.done
+            if self.graphed is not None:
+                self.graphed.forget()
             self.lock.release()
             if self.accelerator.is_main_process:
                 trackers.finish(self.accelerator)

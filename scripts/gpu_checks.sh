@@ -10,16 +10,17 @@ shift 2
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python}
 work=$(mktemp -d)
-export LORA_NB_CACHE=$work/cache LORA_NB_RUNS=$work/runs
+export PYTHONUNBUFFERED=1 LORA_NB_CACHE=$work/cache LORA_NB_RUNS=$work/runs
 nvidia-smi > "$folder/nvidia-smi.txt" 2>&1
 
-timeout $((limit * 2 / 5)) "$python" -m pytest tests/test_graphed.py -m gpu --durations=10 -p no:cacheprovider \
+timeout -k 5 $((limit * 2 / 5)) "$python" -m pytest tests/test_graphed.py -m gpu --durations=10 -p no:cacheprovider \
     > "$folder/tests.txt" 2>&1
 tests=$?
 tail -n 25 "$folder/tests.txt"
 
-# It writes its tables after every row, so that the limit costs one row.
-timeout $((limit - SECONDS)) "$python" -m lora_nb bench --gpu --work "$work" --out "$folder/BENCHMARKS.md" "$@" \
+# It writes its tables after every row, so that the limit costs one row. A training that is asked to end ends in peace
+# and the next row begins, so it is not asked twice.
+timeout -k 5 $((limit - SECONDS - 10)) "$python" -m lora_nb bench --gpu --work "$work" --out "$folder/BENCHMARKS.md" "$@" \
     > "$folder/bench.txt" 2>&1
 cat "$folder/bench.txt"
 cp "$work/gpu.json" "$folder/" 2> /dev/null

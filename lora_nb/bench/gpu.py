@@ -254,7 +254,9 @@ def _ours(case: Case, family: Family, models: Models, changes: dict[str, Any]) -
     def note() -> str:
         pieces, graphed = training.gradients.micro_batch, training.graphed
         few = f"{pieces} pictures at a time" if pieces < case.batch else ""
-        failed = f"no graph: {graphed.reason}" if graphed is not None and not graphed.graphs else ""
+        failed = (
+            f"no graph: {graphed.reason}" if graphed is not None and not graphed.captured else ""
+        )
         return "; ".join(filter(None, (few, failed)))
 
     try:
