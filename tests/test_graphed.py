@@ -327,3 +327,10 @@ def test_sampling_between_steps_does_not_disturb_a_graph(exact, config):
             pipeline("a", num_inference_steps=1, height=16, width=16, generator=generator)
     check_alike(calm, (steps, adapters.state(training.family)), 1e-5)
     assert math.isfinite(steps[-1].loss)
+
+
+@gpu
+def test_a_loss_scaler_keeps_the_step_eager(config):
+    training = train(config.replace(mixed_precision="fp16"))
+    assert training.graphed is None
+    assert all(math.isfinite(step.loss) for step in training)
