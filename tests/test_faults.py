@@ -513,21 +513,6 @@ def test_a_precision_that_the_device_has_not_is_refused_or_said(device, asked):
             precision.check(asked, DEVICES[device])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("asked", ["fp16", "bf16"])
-def test_half_precision_on_a_gpu_keeps_float32_adapters_and_finite_files(config, asked):
-    """fp16 with its loss scaler: nothing to unscale is in half precision, and what is saved is finite and resumes."""
-    config = config.replace(mixed_precision=asked, max_train_steps=20)
-    training = train(config)
-    for step in training:
-        if step.step == 10:
-            break
-    again = train(config)
-    assert {w.dtype for part in again.learner.weights.values() for w in part} == {torch.float32}
-    assert [step.step for step in again] == list(range(11, 21))
-    assert all(torch.isfinite(value).all() for value in whole_tensors(config).values())
-
-
 # the notebook
 
 CELL = """

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from lora_nb import adapters
+from lora_nb import adapters, checkpoint
 from lora_nb.errors import NumericsError
 from lora_nb.families import tiny
 from lora_nb.graphed import GraphedStep
@@ -334,3 +334,20 @@ def test_a_loss_scaler_keeps_the_step_eager(config):
     training = train(config.replace(mixed_precision="fp16"))
     assert training.graphed is None
     assert all(math.isfinite(step.loss) for step in training)
+
+
+@gpu
+@pytest.mark.parametrize("asked", ["fp16", "bf16"])
+def test_half_precision_on_a_gpu_keeps_float32_adapters_and_finite_files(config, asked):
+    """fp16 with its loss scaler: nothing to unscale is in half precision, and what is saved is finite and resumes."""
+    config = config.replace(mixed_precision=asked, max_train_steps=20)
+    training = train(config)
+    for step in training:
+        if step.step == 10:
+            break
+    again = train(config)
+    assert {w.dtype for part in again.learner.weights.values() for w in part} == {torch.float32}
+    assert [step.step for step in again] == list(range(11, 21))
+    assert all(
+        torch.isfinite(value).all() for value in checkpoint.latest(training.folder).tensors.values()
+    )

@@ -61,15 +61,29 @@ def run(wanted: Wanted, say=print) -> Path:
 
 
 def _measure_gpu(wanted: Wanted, folder: Path, conditions: dict[str, str], say) -> None:
-    """Every row is said, kept and in the tables as soon as it is measured: a rented GPU may go at any time."""
+    """Every row is said, kept and in the tables as soon as it is measured: a rented GPU may go at any time.
+
+    Rows of the same card that were measured before are kept until measured anew.
+    """
     from lora_nb.bench import gpu
 
+    file = folder / "gpu.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+
     def keep(part: dict) -> None:
-        _keep(folder, "gpu", {"conditions": conditions} | part)
+        new = part["rows"][-1]
+        same_card = all(before.get(key) == part[key] for key in ("gpu", "cap"))
+        anew = {_case(row) for row in part["rows"]}
+        old = [row for row in before.get("rows", ()) if same_card and _case(row) not in anew]
+        _keep(folder, "gpu", {"conditions": conditions} | part | {"rows": old + part["rows"]})
         _write(wanted, folder)
-        say(", ".join(tables.gpu_row(part["rows"][-1])))
+        say(", ".join(tables.gpu_row(new)))
 
     gpu.measure(folder, wanted.gpu_cap, wanted.gpu_cases, wanted.gpu_loops, keep)
+
+
+def _case(row: dict) -> tuple:
+    return tuple(row[key] for key in ("shape", "batch", "precision", "variant"))
 
 
 def _script(wanted: Wanted) -> Path | None:
@@ -100,8 +114,9 @@ def _write(wanted: Wanted, folder: Path) -> Path:
         script = f"huggingface/diffusers ({Path(wanted.reference).name})"
     command = "python -m lora_nb bench " + " ".join(_words(sys.argv))
     text = tables.page(found, machine.describe(), command.strip(), script)
-    if "gpu" not in found:
-        text += "\n" + tables.predictions(shape for shape in SHAPES.values() if shape.expected)
+    large = [shape for shape in SHAPES.values() if shape.expected]
+    if expected := tables.predictions(large, found.get("gpu")):
+        text += "\n" + expected
     return write_atomically(Path(wanted.out), text)
 
 

@@ -226,12 +226,24 @@ def gpu_row(row: Part) -> tuple[str, ...]:
     )
 
 
-def predictions(shapes: Iterable[Any], measured_peak: float = 790.0) -> str:
-    """What is expected of a GPU where none was at hand, and why. measured_peak: TFLOP/s of an H200 in bf16."""
+def predictions(
+    shapes: Iterable[Any], measured: Part | None = None, measured_peak: float = 790.0
+) -> str:
+    """What is expected of a GPU where that was not measured, and why; empty where all was.
+
+    measured: the part of the GPU, if there is one. measured_peak: TFLOP/s of an H200 in bf16.
+    """
+    done = {
+        (row["shape"], row["batch"])
+        for row in (measured["rows"] if measured else ())
+        if row["variant"] == "ours" and row["rate"]
+    }
     rows, counts = [], []
     for shape in shapes:
         floor = measured_peak / shape.tflop
         for batch, (rate, ratio, memory) in shape.expected.items():
+            if (shape.title, batch) in done:
+                continue
             share = f"{rate}, {rate / floor:.0%} of the floor"
             rows.append((f"{shape.title}, batch {batch}", share, f"{ratio}x", memory))
         counts.append(
@@ -243,8 +255,15 @@ def predictions(shapes: Iterable[Any], measured_peak: float = 790.0) -> str:
         "over the eager loop, at least",
         "memory, at most",
     )
+    if not rows:
+        return ""
+    head = (
+        "GPU (predictions of what was not measured)"
+        if done
+        else "GPU (predictions, nothing measured)"
+    )
     return (
-        "## GPU (predictions, nothing measured)\n\nNo GPU was at hand; `lora-nb bench --gpu` measures this. "
+        f"## {head}\n\n`lora-nb bench --gpu` measures this. "
         f"Derivation: counted on the meta device, and an H200 at the {measured_peak:.0f} TFLOP/s in bf16 "
         f"that were measured on one elsewhere. {'. '.join(counts)}. At batch 1 to 4 an eager step is bound by its "
         "kernel launches, not by "
