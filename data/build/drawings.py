@@ -268,14 +268,15 @@ COLUMNS = 32
 
 
 def pack(folder: Path, work: Path = WORK) -> None:
-    """Write concepts and the good drawings of every style, one lossless WebP and one list per style."""
+    """Write concepts and every drawing that training shows, one lossless WebP and one list per style."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [asdict(concept) for concept in concepts(work).values()]
-    (folder / "concepts.json").write_text(json.dumps(entries))
-    good = set(good_concepts(work))
+    book = concepts(work)
+    (folder / "concepts.json").write_text(json.dumps([asdict(c) for c in book.values()]))
+    things = {key for key in book if book[key].group not in DROPPED_GROUPS}
     for style in PACKAGE_OF:
         keys, array = load_style(style, work)
-        rows = [i for i, key in enumerate(keys) if key in good]
+        shown = things if style in STYLES else set(good_concepts(work))
+        rows = [i for i, key in enumerate(keys) if key in shown]
         page = np.full((-(-len(rows) // COLUMNS), SIZE, COLUMNS, SIZE, 3), 255, np.uint8)
         for place, i in enumerate(rows):
             page[place // COLUMNS, :, place % COLUMNS] = array[i]

@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from base_model import MAX_TOKENS
 from diffusers import StableDiffusionPipeline
-from drawings import BASE_STYLES, NEW_STYLES, good_concepts, held_out
-from fetch import PACKAGES, ROOT, WORK
-from pretrain import Pretraining, base_concepts
+from drawings import BASE_STYLES, NEW_STYLES
+from fetch import PACKAGES, ROOT
+from pretrain import base_concepts, encode, held_concepts, held_out_loss, load_drawings
 from pretrain_vae import pictures, psnr
 from state import count, generator
 
 PROMPTS = ["red apple, noto style", "fox, blob style", "rocket, flat style", "pizza, classic style"]
 CARD = Path(__file__).with_name("card.md")
-COUNTED = ("step", "samples", "elapsed", "cpu_seconds")
 RUN = ("before", "after", "true")
-
-
-def counters(folders: list[Path]) -> dict:
-    """What the training runs counted, added up."""
-    found = [json.loads((folder / "counters.json").read_text()) for folder in folders]
-    return {key: sum(run[key] for run in found) for key in COUNTED}
 
 
 def percent(score: dict) -> str:
@@ -68,7 +62,13 @@ def judged(folder: Path, judge: dict) -> dict:
         "ink_style": percent(figures["lora-ink-unet"]["after"]["style"]),
         "both_style": percent(figures["lora-ink-both"]["after"]["style"]),
         "clay_style": percent(figures["lora-clay-unet"]["after"]["style"]),
+        "clay_both": percent(figures["lora-clay-both"]["after"]["style"]),
+        "judge_style": f"{100 * judge['held_out']['drawings']['all']['style_accuracy']:.1f} %",
+        "judge_style_decoded": f"{100 * real['all']['style_accuracy']:.1f} %",
         "lora_table": "\n".join(loras),
+        "colours": percent(figures["colours"]["colour"]),
+        "colours_both": percent(figures["colours"]["both"]),
+        "colours_count": figures["colours"]["colour"]["count"],
         "guidance_table": guidance(figures["guidance"]),
         "subject_table": "\n".join(
             subject(words, figures[name])
@@ -111,38 +111,23 @@ def measure(args: argparse.Namespace) -> dict:
         "scaling_factor": pipe.vae.config.scaling_factor,
         "size": f"{sum(p.stat().st_size for p in args.base.rglob('*')) / 1e6:.0f} MB",
         "concepts": len(base_concepts()),
-        "held": sum(held_out(key) for key in good_concepts()),
+        "held": len(held_concepts()),
     }
     for name, styles in (("base", tuple(BASE_STYLES)), *((s, (s,)) for s in NEW_STYLES)):
         data = pictures(styles, held=True)[::3]
         facts[f"psnr_{name}"] = f"{psnr(pipe.vae, data):.1f} dB ({len(data)} drawings)"
 
-    run = Pretraining(
-        argparse.Namespace(
-            seed=0,
-            batch=32,
-            concepts="common",
-            vae=args.base / "vae",
-            out=args.runs[-1],
-            init=args.base,
-        )
-    )
-    facts["drawings"] = len(run.train.concepts)
-    facts["held_out_loss"] = f"{run.validation_loss():.4f} ({len(run.held.concepts)} drawings)"
+    facts["drawings"] = f"{len(load_drawings(base_concepts())[1]):,}"
+    with tempfile.TemporaryDirectory() as folder:
+        held = encode(pipe.vae, Path(folder) / "held.safetensors", *load_drawings(held_concepts()))
+    facts["held_out_loss"] = f"{held_out_loss(pipe, held):.4f} ({len(held.concepts)} drawings)"
 
-    settings = {"num_inference_steps": 25, "guidance_scale": 3.0, "guidance_rescale": 0.7}
+    settings = {"num_inference_steps": 25, "guidance_scale": 1.5, "guidance_rescale": 0.7}
     pipe(PROMPTS[0], **settings)  # the first one pays for what is set up once
     start = time.time()
     for i, prompt in enumerate(PROMPTS):
         pipe(prompt, **settings, generator=generator(0, i))
     facts["seconds"] = f"{(time.time() - start) / len(PROMPTS):.1f} s"
-    for name, folders in (("vae", args.vae_runs), ("unet", args.runs)):
-        c = counters(folders)
-        c["cpu_seconds"] += args.uncounted if name == "unet" else 0.0
-        facts[f"{name}_samples"] = f"{c['samples']:,}"
-        facts[f"{name}_minutes"] = f"{c['elapsed'] / 60:.0f}"
-        facts[f"{name}_hours"] = f"{c['cpu_seconds'] / 3600:.1f}"
-        facts[f"{name}_steps"] = f"{c['step']:,}"
     facts |= judged(args.base, json.loads((ROOT / "data" / "judge" / "judge.json").read_text()))
     facts |= {p.split("/")[-1].replace("-", "_"): v[0] for p, v in PACKAGES.items()}
     return facts
@@ -151,10 +136,6 @@ def measure(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=ROOT / "data" / "base")
-    parser.add_argument("--vae-runs", type=Path, nargs="+", default=[WORK / "vae"])
-    parser.add_argument("--runs", type=Path, nargs="+", default=[WORK / "base"])
-    # The counter of our first run missed the second process for a while: 1,315 seconds.
-    parser.add_argument("--uncounted", type=float, default=0.0, help="CPU seconds to add")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

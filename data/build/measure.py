@@ -6,6 +6,7 @@ without and with prior preservation, then the cat in new situations and its sibl
 
     python data/build/measure.py guidance
     python data/build/measure.py base
+    python data/build/measure.py colours
     python data/build/measure.py lora --style ink --parts unet
     python data/build/measure.py subject
     python data/build/make_card.py
@@ -19,11 +20,13 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from drawings import BASE_STYLES, COMMON, NEW_STYLES, concepts, drawn, share
 from fetch import ROOT, WORK
 from PIL import Image
-from pretrain import base_concepts
+from pretrain import base_concepts, load_drawings
+from variants import COLOURS, EDITS, NEAR, away, coloured, main_hue, never_made
 
 from lora_nb import (
     generate,
@@ -37,10 +40,6 @@ from lora_nb import (
 from lora_nb.config import LoraSpec
 
 PARTS = {"unet": ("unet",), "text_encoder": ("text_encoder",), "both": ("unet", "text_encoder")}
-EDITS = """blue apple, noto style; green heart, flat style; pink cat face, noto style;
-purple star, twemoji style; red fish, flat style; yellow rose, noto style;
-cat with sunglasses, noto style; robot with a crown, flat style"""
-EDITS = [" ".join(text.split()) for text in EDITS.split(";")]
 NEW_SITUATIONS = (
     "sks cat, sleeping",
     "sks cat, with sunglasses",
@@ -108,7 +107,7 @@ def measure_guidance(args: argparse.Namespace) -> dict:
     """Style and concept over guidance and its rescale, on every fourth caption of `seen_captions`."""
     rows, result = seen_captions()[::4], {}
     pipeline = load_pipeline(str(args.base))
-    for guidance, rescale in ((1.0, 0.0), (2.0, 0.7), (3.0, 0.7), (5.0, 0.7)):
+    for guidance, rescale in ((1.0, 0.0), (1.5, 0.7), (2.0, 0.7), (3.0, 0.7), (5.0, 0.7)):
         pictures = generate(
             pipeline,
             [r[0] for r in rows],
@@ -122,6 +121,45 @@ def measure_guidance(args: argparse.Namespace) -> dict:
         shares = {key: round(score["mean"], 3) for key, score in found.items()}
         print(f"guidance {guidance:g}, rescale {rescale:g}: {shares}", flush=True)
     return {"guidance": result}
+
+
+def unmade_colours(count: int = 100) -> list[tuple[str, str, str]]:
+    """(caption, name, colour): drawings that have one colour, in another that the base was never shown them in."""
+    pictures, members, styles = load_drawings(base_concepts())
+    hues, shares = main_hue(pictures)
+    judged, found = set(load_judge().names), []
+    for concept, style, hue, part in zip(members, styles, hues, shares, strict=True):
+        for colour, (wanted, *_) in COLOURS.items():
+            name = coloured(concept.name, colour)
+            far = away(hue, wanted).abs() > 2 * NEAR
+            if part > 0.5 and far and never_made(name) and concept.name in judged:
+                found.append((f"{name}, {style} style", concept.name, colour))
+    known = {f"{name}, {style} style" for name in judged for style in BASE_STYLES}
+    found = [row for row in found if row[0] not in known]
+    return sorted(found, key=lambda row: share(row[0], "unmade colours"))[:count]
+
+
+def measure_colours(args: argparse.Namespace) -> dict:
+    """Prompts of colour and thing that no caption had: how many come out in the colour, and as the thing."""
+    rows, tiny = unmade_colours(), preset("tiny")
+    pipeline = load_pipeline(str(args.base))
+    pictures = generate(pipeline, [r[0] for r in rows], list(range(len(rows))), **tiny.sampling)
+    stack = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+    hues, _ = main_hue(stack)
+    wanted = torch.tensor([COLOURS[row[2]][0] for row in rows])
+    right = (away(hues, wanted).abs() < NEAR / 2).tolist()
+    names, judge = [r[1] for r in rows], load_judge()
+    top5 = metrics.concept_score(pictures, names, judge)
+    ranks = judge.concept_ranks(pictures, names)
+    both = [a and rank <= 5 for a, rank in zip(right, ranks, strict=True)]
+    sheet(pictures[:48], [r[0] for r in rows[:48]], args.out / "colours.png")
+    return {
+        "colours": {
+            "colour": metrics.share(right)._asdict(),
+            "concept_top5": top5._asdict(),
+            "both": metrics.share(both)._asdict(),
+        }
+    }
 
 
 def sheet(pictures: list[Image.Image], labels: list[str], path: Path, columns: int = 8) -> None:
@@ -243,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("base", "guidance", "lora", "subject"))
+    parser.add_argument("what", choices=("base", "colours", "guidance", "lora", "subject"))
     parser.add_argument("--base", type=Path, default=ROOT / "data" / "base")
     parser.add_argument("--style", choices=tuple(NEW_STYLES), default="ink")
     parser.add_argument("--parts", choices=tuple(PARTS), default="unet")
@@ -257,6 +295,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     measures = {
         "base": measure_base,
+        "colours": measure_colours,
         "guidance": measure_guidance,
         "lora": measure_lora,
         "subject": measure_subject,

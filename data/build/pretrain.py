@@ -4,25 +4,25 @@ The autoencoder is frozen; the latent moments of every drawing are computed once
 v-prediction with zero terminal SNR and the plain mean squared error; large timesteps are drawn
 more often, because there the caption alone must say what to draw. The learning rate follows a
 budget given in minutes or steps; the checkpoint is exact, so a killed run continues with --minutes
-as before. Several processes average their weights every few steps.
+as before. Made for one GPU (on_gpu.sh); on a CPU the same commands run, a thousand times slower.
 
-    python data/build/pretrain.py train --minutes 75
+    python data/build/pretrain.py train --minutes 5 --batch 512 --peak 1e-3
     python data/build/pretrain.py export
     python data/build/pretrain.py train --init data/base --out build/base2 --minutes 10
-    torchrun --standalone --nproc-per-node 2 data/build/pretrain.py train --threads 1 --batch 16
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator
+import copy
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from base_model import (
     MAX_TOKENS,
@@ -43,14 +43,20 @@ from safetensors.torch import load_file, save_file
 from state import (
     Average,
     Budget,
+    adamw,
     count,
     generator,
     load_checkpoint,
     log,
     named_parameters,
+    pick_device,
+    recorded,
     save_checkpoint,
+    swapped,
+    uniform,
 )
 from transformers import CLIPTokenizer
+from variants import colour_variants, pair_variants
 
 PROMPTS = """red apple, noto style; fox, blob style; smiling face with sunglasses, twemoji style;
 rocket, flat style; pizza, classic style; house, noto style; cat face, flat style; red heart;
@@ -59,9 +65,16 @@ ghost, noto style; sunflower, blob style; guitar, twemoji style; penguin"""
 PROMPTS = [" ".join(prompt.split()) for prompt in PROMPTS.split(";")]
 
 
+# Of all samples: drawings as they are, in other colours, two on a page.
+SHARES = (0.80, 0.12, 0.08)
+PAIRS = 6000
+WORDINGS = 16  # captions that are written for each drawing
+NO_CAPTION = 0.10  # the empty caption is what classifier-free guidance subtracts
+
+
 @dataclass
 class Drawings:
-    """Latent moments of all drawings, with their concepts, styles and sampling weights."""
+    """Latent moments of drawings, with their concepts, styles and sampling weights."""
 
     mean: torch.Tensor  # N 8 16 16
     std: torch.Tensor
@@ -70,8 +83,8 @@ class Drawings:
     weights: torch.Tensor  # N
 
 
-def base_concepts(which: str = "common") -> set[str]:
-    """What the base learns: the common concepts and those of the style sets, or all good ones.
+def base_concepts(which: str = "good") -> set[str]:
+    """What the base learns: all good concepts, or the common ones and those of the style sets.
 
     With little compute 270 concepts seen often are worth more than 578 seen seldom.
     """
@@ -88,52 +101,78 @@ def held_concepts() -> set[str]:
     return {key for key in good_concepts() if held_out(key)}
 
 
-@torch.no_grad()
-def encode_drawings(vae: AutoencoderKL, wanted: set[str], cache: Path, device: str) -> Drawings:
-    """Encode some concepts in all base styles, or read the moments written last time."""
-    book = concepts()
-    rows = []
+def load_drawings(wanted: set[str]) -> tuple[torch.Tensor, list[Concept], list[str]]:
+    """The drawings of some concepts in all base styles: uint8 N 3 128 128, and what and whose each is."""
+    book, pictures, members, styles = concepts(), [], [], []
     for style in BASE_STYLES:
         keys, array = load_style(style)
-        rows += [(style, key, array[i]) for i, key in enumerate(keys) if key in wanted]
-    if not cache.exists():
-        means, stds = [], []
-        for start in range(0, len(rows), 32):
-            part = torch.stack([torch.from_numpy(r[2].copy()) for r in rows[start : start + 32]])
-            x = to_model(part.permute(0, 3, 1, 2).contiguous()).to(device)
-            with torch.autocast(device, torch.bfloat16):
-                posterior = vae.encode(x).latent_dist
-            means.append(posterior.mean.float().cpu())
-            stds.append(posterior.std.float().cpu())
-        save_file(
-            {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, cache
-        )
-    moments = load_file(cache)
+        rows = [i for i, key in enumerate(keys) if key in wanted]
+        pictures.append(torch.from_numpy(array[rows]).permute(0, 3, 1, 2))
+        members += [book[keys[i]] for i in rows]
+        styles += [style] * len(rows)
+    return torch.cat(pictures).contiguous(), members, styles
+
+
+@torch.no_grad()
+def encode(
+    vae: AutoencoderKL,
+    kept: Path,
+    pictures: torch.Tensor,
+    members: list[Concept],
+    styles: list[str],
+) -> Drawings:
+    """The moments of some drawings, scaled, on the device of the autoencoder; or those kept last time."""
+    if not kept.exists():
+        found = [
+            vae.encode(to_model(part.to(vae.device))).latent_dist for part in pictures.split(32)
+        ]
+        moments = {
+            "mean": torch.cat([p.mean for p in found]),
+            "std": torch.cat([p.std for p in found]),
+        }
+        save_file({name: value.contiguous() for name, value in moments.items()}, kept)
+    moments = load_file(kept, device=str(vae.device))
     scale = vae.config.scaling_factor
-    members = [book[key] for _, key, _ in rows]
+    weights = torch.tensor([2.0 if c.name in COMMON else 1.0 for c in members], device=vae.device)
+    return Drawings(moments["mean"] * scale, moments["std"] * scale, members, styles, weights)
+
+
+def training_drawings(vae: AutoencoderKL, wanted: set[str], kept: Path) -> Drawings:
+    """Drawings as they are, in other colours, and two on a page, in the shares of SHARES."""
+    pictures, members, styles = load_drawings(wanted)
+    plain = (pictures.to(vae.device), members, styles)
+    kinds = {
+        "plain": plain,
+        "colours": colour_variants(*plain),
+        "pairs": pair_variants(*plain, PAIRS),
+    }
+    sets = [
+        encode(vae, kept / f"latents-{name}.safetensors", *kind) for name, kind in kinds.items()
+    ]
+    weights = [
+        part * each.weights / each.weights.sum() for part, each in zip(SHARES, sets, strict=True)
+    ]
     return Drawings(
-        mean=(moments["mean"] * scale).to(device),
-        std=(moments["std"] * scale).to(device),
-        concepts=members,
-        styles=[style for style, _, _ in rows],
-        weights=torch.tensor([2.0 if c.name in COMMON else 1.0 for c in members]),
+        torch.cat([each.mean for each in sets]),
+        torch.cat([each.std for each in sets]),
+        [concept for each in sets for concept in each.concepts],
+        [style for each in sets for style in each.styles],
+        torch.cat(weights),
     )
 
 
 def caption(concept: Concept, style: str, draw: list[float]) -> str:
     """A caption from five uniform numbers: mostly "<name>, <style> style", with variations."""
     kind, words, article, first, second = draw
-    if kind < 0.10:  # the empty caption is what classifier-free guidance subtracts
-        return ""
     name = concept.name
     if words < 0.08 and concept.keywords:
         chosen = {int(x * len(concept.keywords)) for x in (first, second)}
         name = " ".join(concept.keywords[i] for i in sorted(chosen))
     elif article < 0.10:
         name = ("an " if name[0] in "aeiou" else "a ") + name
-    if kind < 0.14:
+    if kind < 0.04:
         return name
-    if kind < 0.16:
+    if kind < 0.06:
         return f"{name} emoji"
     return f"{name}, {style} style"
 
@@ -160,8 +199,8 @@ def timesteps(size: int, g: torch.Generator) -> torch.Tensor:
     it, of a variance of 0.93: what is missing is the way from caption to picture, which is learned
     where noise hides everything.
     """
-    low = torch.where(torch.rand(size, generator=g) < 0.5, 600, 0)
-    return (low + torch.rand(size, generator=g) * (1000 - low)).long()
+    low = 600.0 * (uniform(g, size) < 0.5)
+    return (low + uniform(g, size) * (1000 - low)).long()
 
 
 @contextmanager
@@ -186,39 +225,60 @@ def attention_in_float32() -> Iterator[None]:
 
 
 def kept_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
-    """The tokenizer that the weights of this run know.
+    """The tokenizer that the weights of this run know: that of the base it starts from, or the shipped one.
 
     Merges that are equally frequent come in another order each time they are learned, which gives
-    some tokens other numbers; so they are learned once and kept beside the checkpoint.
+    some tokens other numbers; so they were learned once.
     """
-    kept = args.out / "tokenizer"
+    kept, shipped = args.out / "tokenizer", (args.init or ROOT / "data" / "base") / "tokenizer"
     if not kept.exists():
-        fresh = None if args.init else build_tokenizer()
-        tokenizer = fresh or CLIPTokenizer.from_pretrained(args.init / "tokenizer")
-        tokenizer.save_pretrained(kept)
+        known = CLIPTokenizer.from_pretrained(shipped) if shipped.exists() else build_tokenizer()
+        known.save_pretrained(kept)
     return CLIPTokenizer.from_pretrained(kept)
 
 
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token numbers, padded exactly as the pipeline pads them."""
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def held_out_loss(pipe: StableDiffusionPipeline, held: Drawings) -> float:
+    """Mean loss of a base over held-out drawings at fixed noise and eight timesteps each."""
+    losses, device, diffusion = [], pipe.unet.device, Diffusion(str(pipe.unet.device))
+    texts = [
+        f"{c.name}, {style} style" for c, style in zip(held.concepts, held.styles, strict=True)
+    ]
+    for start in range(0, len(held.mean), 32):
+        x0 = held.mean[start : start + 32]
+        ids = token_ids(pipe.tokenizer, texts[start : start + 32]).to(device)
+        states = pipe.text_encoder(ids)[0]
+        for k in range(8):
+            noise = torch.randn(x0.shape, generator=generator(1234, start, k)).to(device)
+            t = torch.full((len(x0),), 62 + 125 * k, device=device)
+            x_t, target = diffusion.noised(x0, noise, t)
+            v = pipe.unet(x_t, t, encoder_hidden_states=states).sample
+            losses.append((v - target).square().mean(dim=(1, 2, 3)))
+    return torch.cat(losses).mean().item()
+
+
 class Pretraining:
-    """Data, networks and the loss; batch number k depends on (seed, k) only."""
+    """Data, networks and the loss; batch number k depends on (seed, k) only.
+
+    What a step reads lies in tensors that stay where they are, so that a GPU can replay it: `draw` fills them.
+    """
 
     def __init__(self, args: argparse.Namespace):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.seed, self.batch = args.seed, args.batch
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.device, self.seed, self.batch = pick_device(), args.seed, args.batch
         self.vae = AutoencoderKL.from_pretrained(args.vae).to(self.device).eval()
         args.out.mkdir(parents=True, exist_ok=True)
-        if self.rank:  # the first process writes what is kept, the others read what it wrote
-            dist.barrier()
         self.tokenizer = kept_tokenizer(args)
-        known, held = base_concepts(args.concepts), held_concepts()
-        cache = args.out / f"latents-{args.concepts}.safetensors"
-        self.train = encode_drawings(self.vae, known, cache, self.device)
-        cache = args.out / "latents-held.safetensors"
-        self.held = encode_drawings(self.vae, held, cache, self.device)
-        if self.world > 1 and not self.rank:
-            dist.barrier()
+        self.train = training_drawings(self.vae, base_concepts(args.concepts), args.out)
+        kept = args.out / "latents-held.safetensors"
+        self.held = encode(self.vae, kept, *load_drawings(held_concepts()))
+        self.wordings, self.no_words = self._wordings(), self.tokens([""])
         self.diffusion = Diffusion(self.device)
         torch.manual_seed(args.seed)
         if args.init:
@@ -226,92 +286,51 @@ class Pretraining:
             self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
         else:
             self.unet, self.text_encoder = build_unet(), build_text_encoder(self.tokenizer)
-        self.unet.to(self.device)
-        self.text_encoder.to(self.device)
-        self.modules = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.modules = {
+            "unet": self.unet.to(self.device),
+            "text_encoder": self.text_encoder.to(self.device),
+        }
+        shape = (self.batch, *self.train.mean.shape[1:])
+        self.posterior_noise = torch.zeros(shape, device=self.device)
+        self.noise = torch.zeros(shape, device=self.device)
+        self.rows = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        self.ids = self.no_words.repeat(self.batch, 1)
+        self.t = torch.zeros(self.batch, dtype=torch.long, device=self.device)
 
-    def tokens(self, texts: list[str]) -> torch.Tensor:
-        """Token numbers, padded exactly as the pipeline pads them."""
-        batch = self.tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
+    def _wordings(self) -> torch.Tensor:
+        """Token numbers of the captions of every drawing, N WORDINGS MAX_TOKENS."""
+        data, texts = self.train, []
+        for i, (concept, style) in enumerate(zip(data.concepts, data.styles, strict=True)):
+            draws = torch.rand(WORDINGS, 5, generator=generator(self.seed, -2, i)).tolist()
+            texts += [caption(concept, style, draw) for draw in draws]
+        return self.tokens(texts).view(-1, WORDINGS, MAX_TOKENS)
+
+    def draw(self, step: int) -> None:
+        """Choose the pictures, captions, timesteps and noise of batch number `step`."""
+        g = generator(self.seed, step, device=self.device)
+        self.rows.copy_(
+            torch.multinomial(self.train.weights, self.batch, replacement=True, generator=g)
         )
-        return batch.input_ids.to(self.device)
+        words = self.wordings[self.rows, (uniform(g, self.batch) * WORDINGS).long()]
+        without = uniform(g, self.batch)[:, None] < NO_CAPTION
+        self.ids.copy_(torch.where(without, self.no_words, words))
+        self.t.copy_(timesteps(self.batch, g))
+        self.posterior_noise.normal_(generator=g)
+        self.noise.normal_(generator=g)
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        states = self.text_encoder(self.tokens(texts))[0]
-        return self.unet(x_t, t, encoder_hidden_states=states).sample
-
-    def loss(self, step: int) -> torch.Tensor:
-        """The loss of this process's part of batch number `step`."""
-        g, data = generator(self.seed, step * self.world + self.rank), self.train
-        index = torch.multinomial(data.weights, self.batch, replacement=True, generator=g)
-        draws = torch.rand(self.batch, 5, generator=g).tolist()
-        t = timesteps(self.batch, g).to(self.device)
-        shape = (2, self.batch, *data.mean.shape[1:])
-        posterior_noise, noise = torch.randn(shape, generator=g).to(self.device)
-        texts = [
-            caption(data.concepts[i], data.styles[i], draw)
-            for i, draw in zip(index.tolist(), draws, strict=True)
-        ]
-        index = index.to(self.device)
-        x0 = data.mean[index] + data.std[index] * posterior_noise
-        x_t, target = self.diffusion.noised(x0, noise, t)
-        with torch.autocast(self.device, torch.bfloat16):
-            if self.device == "cpu":
-                with attention_in_float32():
-                    predicted = self.predict(x_t, t, texts)
-            else:
-                predicted = self.predict(x_t, t, texts)
+    def loss(self, unet: Callable, text_encoder: Callable) -> torch.Tensor:
+        """Of the batch that was drawn last, by these networks (copies in bf16, perhaps)."""
+        x0 = self.train.mean[self.rows] + self.train.std[self.rows] * self.posterior_noise
+        x_t, target = self.diffusion.noised(x0, self.noise, self.t)
+        states = text_encoder(self.ids)[0]
+        predicted = unet(x_t.to(states.dtype), self.t, encoder_hidden_states=states).sample
         return F.mse_loss(predicted.float(), target)
 
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean loss over the held-out concepts at fixed noise and eight timesteps each."""
-        losses, data = [], self.held
-        for start in range(0, len(data.mean), 32):
-            x0 = data.mean[start : start + 32]
-            texts = [
-                f"{c.name}, {style} style"
-                for c, style in zip(
-                    data.concepts[start : start + 32], data.styles[start : start + 32], strict=True
-                )
-            ]
-            for k in range(8):
-                g = generator(1234, start, k)
-                noise = torch.randn(x0.shape, generator=g).to(self.device)
-                t = torch.full((len(x0),), 62 + 125 * k, device=self.device)
-                x_t, target = self.diffusion.noised(x0, noise, t)
-                with torch.autocast(self.device, torch.bfloat16):
-                    v = self.predict(x_t, t, texts)
-                losses.append((v.float() - target).square().mean(dim=(1, 2, 3)))
-        return torch.cat(losses).mean().item()
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        return token_ids(self.tokenizer, texts).to(self.device)
 
     def pipeline(self) -> StableDiffusionPipeline:
         return build_pipeline(self.vae, self.text_encoder, self.tokenizer, self.unet)
-
-
-class swapped:
-    """Use the averaged weights inside a `with` block."""
-
-    def __init__(self, weights: dict[str, torch.Tensor], average: Average):
-        self.weights, self.average = weights, average
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, p in self.weights.items():
-            kept = p.detach().clone()
-            p.copy_(self.average.shadow[name])
-            self.average.shadow[name].copy_(kept)
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
 
 
 def sample_grid(
@@ -340,108 +359,134 @@ def sample_grid(
     page.save(path)
 
 
-@torch.no_grad()
-def average_processes(
-    weights: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    budget: Budget,
-    moments: bool,
-) -> None:
-    """Average the weights over the processes; all of them follow the clock of the first.
+class HalfStep:
+    """Forward and backward in bf16 copies of float32 networks, on a GPU; the optimizer sees float32 only.
 
-    Between two calls each process takes its own optimizer steps (local SGD). Averaging gradients
-    at every step would cost a quarter of the time on a CPU.
+    Under autocast the norms of a UNet run in float32, which costs as much time as its convolutions.
     """
-    if not dist.is_initialized():
-        return
-    tensors = list(weights.values())
-    if moments:
-        for name in ("exp_avg", "exp_avg_sq"):
-            tensors += [optimizer.state[p][name] for p in weights.values()]
-    clock = torch.tensor([budget.elapsed if dist.get_rank() == 0 else 0.0])
-    flat = torch.cat([t.flatten() for t in tensors] + [clock])
-    dist.all_reduce(flat)
-    budget.agreed = flat[-1].item()
-    flat /= dist.get_world_size()
-    sizes = [t.numel() for t in tensors]
-    for t, part in zip(tensors, flat[:-1].split(sizes), strict=True):
-        t.copy_(part.view_as(t))
+
+    def __init__(self, run: Pretraining, layout: torch.memory_format):
+        self.run = run
+        self.copies = {k: copy.deepcopy(m).to(torch.bfloat16) for k, m in run.modules.items()}
+        self.copies["unet"].to(memory_format=layout)
+        self.whole = list(named_parameters(run.modules).values())
+        self.half = list(named_parameters(self.copies).values())
+
+    def backward(self) -> torch.Tensor:
+        """Put the gradients of the drawn batch into the float32 weights; its loss."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.half, self.whole)
+        for p in self.half:
+            p.grad = None
+        loss = self.run.loss(**self.copies)
+        loss.backward()
+        for p, h in zip(self.whole, self.half, strict=True):
+            p.grad = torch.empty_like(p).copy_(
+                h.grad
+            )  # laid out as the weight, whatever the copy's layout
+        return loss.detach()
+
+
+class CpuStep:
+    """Forward and backward under bf16 autocast."""
+
+    def __init__(self, run: Pretraining):
+        self.run = run
+
+    def backward(self) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16), attention_in_float32():
+            loss = self.run.loss(**self.run.modules)
+        loss.backward()
+        return loss.detach()
+
+
+def fastest(steps: list[Callable[[], None]]) -> Callable[[], None]:
+    """The one of some recorded steps that takes the least time."""
+    seconds = []
+    for step in steps:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(10):
+            step()
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - began) / 10)
+    print(f"a step in each layout: {seconds} s", flush=True)
+    return steps[seconds.index(min(seconds))]
 
 
 def train(args: argparse.Namespace) -> None:
     """Train until the budget is spent; killed runs continue from the last checkpoint."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
     run = Pretraining(args)
     weights = named_parameters(run.modules)
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=args.peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    average = Average(weights)
+    optimizer = adamw(weights.values(), run.device)
+    average = Average(weights, decay=args.average)
     seconds = None if args.steps else args.minutes * 60
     budget = Budget(args.peak, args.steps, seconds, warmup_steps=args.warmup)
-    resumed = load_checkpoint(args.out, weights, optimizer, budget, average)
-    first = run.rank == 0
-    if run.world > 1:
-        budget.agreed = budget.elapsed
-    if first:
-        log(
-            args.out,
-            event="resume" if resumed else "start",
-            parameters=count(weights.values()),
-            drawings=len(run.train.concepts),
-            concepts=len({c.name for c in run.train.concepts}),
-            device=run.device,
-            minutes=args.minutes,
-        )
-    losses: list[float] = []
-    saved = budget.progress
-    while not budget.done:
-        loss = run.loss(budget.step)
-        loss.backward()
-        losses.append(loss.item())
-        for group in optimizer.param_groups:
-            group["lr"] = budget.learning_rate()
+    total = torch.zeros((), device=run.device)
+
+    def step(work: HalfStep | CpuStep) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        total.add_(work.backward())
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        budget.tick(args.batch * run.world, run.world)
-        if budget.step % args.sync == 0:
-            due = budget.progress - saved >= args.save_every
-            average_processes(weights, optimizer, budget, moments=due)
+
+    run.draw(0)
+    if run.device == "cuda":
+        layouts = (torch.contiguous_format, torch.channels_last)
+        replay = fastest([recorded(partial(step, HalfStep(run, x)), run.device) for x in layouts])
+    else:
+        replay = partial(step, CpuStep(run))
+    resumed = load_checkpoint(args.out, weights, optimizer, budget, average)
+    total.zero_()
+    log(
+        args.out,
+        event="resume" if resumed else "start",
+        parameters=count(weights.values()),
+        drawings=len(run.train.concepts),
+        concepts=len({c.name for c in run.train.concepts}),
+        device=run.device,
+        minutes=args.minutes,
+    )
+    saved = budget.progress
+    budget.begin()
+    while not budget.done:
+        run.draw(budget.step)
+        optimizer.param_groups[0]["lr"].fill_(budget.learning_rate())
+        replay()
         average.update(weights, budget.step)
-        if not first:
-            if budget.step % args.sync == 0 and due:
-                saved = budget.progress
-            continue
+        budget.tick(args.batch)
         if budget.step % 50 == 0:
             log(
                 args.out,
                 step=budget.step,
-                loss=sum(losses) / len(losses),
+                loss=total.item() / 50,
                 lr=budget.learning_rate(),
                 samples=budget.samples,
                 samples_per_second=budget.samples / budget.elapsed,
                 minutes=budget.elapsed / 60,
                 cpu_hours=budget.cpu_seconds / 3600,
             )
-            losses.clear()
-        if budget.step % args.sync == 0 and due:
-            saved = budget.progress
-            save_checkpoint(args.out, weights, optimizer, budget, average)
-            with swapped(weights, average):
-                held = run.validation_loss()
-                sample_grid(run.pipeline(), PROMPTS, args.out / f"sample-{budget.step:06d}.png")
-            log(args.out, step=budget.step, held_out_loss=held)
-    average_processes(weights, optimizer, budget, moments=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if not first:
-        return
+            total.zero_()
+            if budget.progress - saved >= args.save_every and not budget.done:
+                saved = budget.progress
+                save_checkpoint(args.out, weights, optimizer, budget, average)
+                look(run, weights, average, budget, args)
     save_checkpoint(args.out, weights, optimizer, budget, average)
+    look(run, weights, average, budget, args)
+
+
+def look(
+    run: Pretraining,
+    weights: dict[str, torch.Tensor],
+    average: Average,
+    budget: Budget,
+    args: argparse.Namespace,
+) -> None:
+    """Held-out loss and sample pictures of the averaged weights."""
     with swapped(weights, average):
-        log(args.out, event="done", step=budget.step, held_out_loss=run.validation_loss())
+        log(args.out, step=budget.step, held_out_loss=held_out_loss(run.pipeline(), run.held))
         sample_grid(run.pipeline(), PROMPTS, args.out / f"sample-{budget.step:06d}.png")
+    budget.begin()
 
 
 def export_base(args: argparse.Namespace) -> None:
@@ -467,14 +512,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WORK / "base", help="checkpoint and log")
     parser.add_argument("--to", type=Path, default=ROOT / "data" / "base", help="export folder")
     parser.add_argument("--init", type=Path, help="start from the weights of this base")
-    parser.add_argument("--concepts", choices=("common", "good"), default="common")
+    parser.add_argument("--concepts", choices=("common", "good"), default="good")
     parser.add_argument("--minutes", type=float, default=75.0, help="budget, pauses not counted")
     parser.add_argument("--steps", type=int, help="fixes the budget in steps instead")
-    parser.add_argument("--batch", type=int, default=32, help="of each process")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=8e-4)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--save-every", type=float, default=0.1, help="share of the budget")
-    parser.add_argument("--sync", type=int, default=8, help="steps between averaging processes")
+    parser.add_argument(
+        "--average", type=float, default=0.999, help="decay of the averaged weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

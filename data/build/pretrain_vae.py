@@ -20,13 +20,19 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from drawings import BASE_STYLES, NEW_STYLES, WORK, held_out, load_style
 from state import (
+    Average,
     Budget,
+    adamw,
     count,
     generator,
     load_checkpoint,
     log,
     named_parameters,
+    pick_device,
+    recorded,
     save_checkpoint,
+    swapped,
+    uniform,
 )
 
 CROP = 64
@@ -63,19 +69,15 @@ def to_model(batch: torch.Tensor) -> torch.Tensor:
     return batch.float() / 127.5 - 1.0
 
 
-def crops(data: torch.Tensor, size: int, seed: int, step: int) -> torch.Tensor:
-    """Batch number `step`: random pictures, random crops, half of them mirrored."""
-    g = generator(seed, step)
-    index = torch.randint(len(data), (size,), generator=g)
-    corner = torch.randint(data.shape[-1] - CROP + 1, (size, 2), generator=g).tolist()
-    flip = torch.rand(size, generator=g) < 0.5
-    cut = [
-        data[i, :, y : y + CROP, x : x + CROP]
-        for i, (y, x) in zip(index.tolist(), corner, strict=True)
-    ]
-    batch = torch.stack(cut)
-    batch = to_model(torch.where(flip[:, None, None, None], batch.flip(-1), batch))
-    return restyle(batch, g)
+def crops(data: torch.Tensor, size: int, g: torch.Generator) -> torch.Tensor:
+    """Random pictures, random crops, half of them mirrored, on the generator's device, where `data` must be."""
+    index = (uniform(g, size) * len(data)).long()
+    top, left = (uniform(g, 2, size) * (data.shape[-1] - CROP + 1)).long()
+    side = torch.arange(CROP, device=data.device)
+    across = torch.where(uniform(g, size)[:, None] < 0.5, side.flip(0), side)
+    rows, columns = (top[:, None] + side)[:, None, :, None], (left[:, None] + across)[:, None, None]
+    channel = torch.arange(3, device=data.device)[None, :, None, None]
+    return restyle(to_model(data[index[:, None, None, None], channel, rows, columns]), g)
 
 
 def restyle(batch: torch.Tensor, g: torch.Generator) -> torch.Tensor:
@@ -85,13 +87,13 @@ def restyle(batch: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     outlines on white. The style sets (ink, clay) are never shown to the autoencoder.
     """
     size = len(batch)
-    kind = torch.rand(size, generator=g)[:, None, None, None] * 6
-    order = torch.stack([torch.randperm(3, generator=g) for _ in range(size)])
-    sign = torch.where(torch.rand(size, generator=g) < 0.5, 1.0, -1.0)[:, None, None, None]
+    kind = uniform(g, size)[:, None, None, None] * 6
+    order = uniform(g, size, 3).argsort(1)
+    sign = torch.where(uniform(g, size) < 0.5, 1.0, -1.0)[:, None, None, None]
     recoloured = batch.gather(1, order[:, :, None, None].expand_as(batch)) * sign
 
     grey = batch.mean(1, keepdim=True)
-    level = (torch.rand(size, generator=g) * 1.2 - 0.4)[:, None, None, None]
+    level = (uniform(g, size) * 1.2 - 0.4)[:, None, None, None]
     hard = ((grey - level) * 6).clamp(-1, 1).expand_as(batch)
 
     slope = torch.zeros_like(batch)
@@ -103,11 +105,10 @@ def restyle(batch: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     return torch.where((kind >= 2) & (kind < 3), lines, batch)
 
 
-def vae_loss(vae: AutoencoderKL, x: torch.Tensor, g: torch.Generator | None) -> torch.Tensor:
+def vae_loss(vae: AutoencoderKL, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Reconstruction plus a very weak pull of the latents towards a normal distribution."""
     posterior = vae.encode(x).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    noise = torch.randn(mean.shape, generator=g).to(mean)
     restored = vae.decode(mean + noise * torch.exp(0.5 * logvar)).sample.float()
     loss = F.l1_loss(restored, x) + 2.0 * F.mse_loss(restored, x)
     a, b = restored, x
@@ -171,51 +172,67 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device()
 
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.init) if args.init else build_vae()
     vae.to(device)
-    train = pictures(tuple(BASE_STYLES), held=False)
+    train = pictures(tuple(BASE_STYLES), held=False).to(device)
     valid = pictures(tuple(BASE_STYLES), held=True)[::3]
     weights = named_parameters({"vae": vae})
-    optimizer = torch.optim.AdamW(weights.values(), lr=args.peak, betas=(0.9, 0.99), fused=True)
+    optimizer = adamw(weights.values(), device)
+    average = Average(weights)
     seconds = None if args.steps else args.minutes * 60
     budget = Budget(args.peak, args.steps, seconds, warmup_steps=300)
     args.out.mkdir(parents=True, exist_ok=True)
-    load_checkpoint(args.out, weights, optimizer, budget)
+    resumed = load_checkpoint(args.out, weights, optimizer, budget, average)
     log(
         args.out, event="start", parameters=count(vae.parameters()), train=len(train), device=device
     )
 
-    losses: list[float] = []
-    while not budget.done:
-        x = crops(train, args.batch, args.seed, budget.step).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = budget.learning_rate()
+    x = torch.zeros(args.batch, 3, CROP, CROP, device=device)
+    noise = torch.zeros(args.batch, 8, CROP // 8, CROP // 8, device=device)
+    total = torch.zeros((), device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16):
-            loss = vae_loss(vae, x, generator(args.seed + 1, budget.step))
+            loss = vae_loss(vae, x, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        total.add_(loss.detach())
+
+    replay = recorded(step, device)
+    if resumed:  # what recording did to the moments is undone
+        load_checkpoint(args.out, weights, optimizer, budget, average)
+    total.zero_()
+    budget.begin()
+    while not budget.done:
+        g = generator(args.seed, budget.step, device=device)
+        x.copy_(crops(train, args.batch, g))
+        noise.normal_(generator=g)
+        optimizer.param_groups[0]["lr"].fill_(budget.learning_rate())
+        replay()
+        average.update(weights, budget.step)
         budget.tick(args.batch)
-        losses.append(loss.item())
         if budget.step % 100 == 0:
             log(
                 args.out,
                 step=budget.step,
-                loss=sum(losses) / len(losses),
+                loss=total.item() / 100,
                 lr=budget.learning_rate(),
                 samples_per_second=budget.samples / budget.elapsed,
                 minutes=budget.elapsed / 60,
                 cpu_hours=budget.cpu_seconds / 3600,
             )
-            losses.clear()
-        if budget.step % 1000 == 0:
-            save_checkpoint(args.out, weights, optimizer, budget)
-            log(args.out, step=budget.step, psnr_held_out=psnr(vae, valid))
-    save_checkpoint(args.out, weights, optimizer, budget)
+            total.zero_()
+        if budget.step % 2000 == 0:
+            save_checkpoint(args.out, weights, optimizer, budget, average)
+            with swapped(weights, average):
+                log(args.out, step=budget.step, psnr_held_out=psnr(vae, valid))
+    save_checkpoint(args.out, weights, optimizer, budget, average)
+    average.give(weights)
     log(args.out, event="done", step=budget.step, psnr_held_out=psnr(vae, valid))
     for style in NEW_STYLES:
         log(args.out, style=style, psnr_held_out=psnr(vae, pictures((style,), held=True)))

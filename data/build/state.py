@@ -1,7 +1,8 @@
-"""What both pretraining scripts share: the learning rate, exact checkpoints, the log, the average.
+"""What the training scripts share: the learning rate, exact checkpoints, the log, the average.
 
 A checkpoint is one safetensors file (weights, optimizer moments, average) and one JSON file
 (counters). Batches are drawn by counter from (seed, step), so these two files are the whole state.
+On a GPU a step is recorded once and replayed: its thousands of small kernels would else wait for Python.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,14 +32,17 @@ class Budget:
     elapsed: float = 0.0
     samples: int = 0
     cpu_seconds: float = 0.0
-    agreed: float | None = None  # several processes follow one clock, or they would stop apart
     _last: tuple[float, float] = field(default_factory=lambda: (time.time(), time.process_time()))
+
+    def begin(self) -> None:
+        """Start the clock here, after what had to be made ready."""
+        self._last = (time.time(), time.process_time())
 
     @property
     def progress(self) -> float:
         if self.steps is not None:
             return self.step / self.steps
-        return (self.elapsed if self.agreed is None else self.agreed) / self.seconds
+        return self.elapsed / self.seconds
 
     @property
     def done(self) -> bool:
@@ -49,13 +53,13 @@ class Budget:
         warm = min(1.0, (self.step + 1) / self.warmup_steps)
         return self.peak * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
 
-    def tick(self, samples: int, processes: int = 1) -> None:
-        """Count one optimizer step; the processes are taken to work alike."""
+    def tick(self, samples: int) -> None:
+        """Count one optimizer step."""
         now = (time.time(), time.process_time())
         self.step += 1
         self.samples += samples
         self.elapsed += now[0] - self._last[0]
-        self.cpu_seconds += (now[1] - self._last[1]) * processes
+        self.cpu_seconds += now[1] - self._last[1]
         self._last = now
 
     def counters(self) -> dict:
@@ -75,6 +79,32 @@ class Average:
         decay = min(self.decay, (1 + step) / (10 + step))
         shadow = [self.shadow[name] for name in parameters]
         torch._foreach_lerp_(shadow, [p.detach() for p in parameters.values()], 1.0 - decay)
+
+    @torch.no_grad()
+    def give(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Put the averages in place of the parameters."""
+        for name, p in parameters.items():
+            p.copy_(self.shadow[name])
+
+
+class swapped:
+    """Use the averaged weights inside a `with` block."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], average: Average):
+        self.weights, self.average = weights, average
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.weights.items():
+            kept = p.detach().clone()
+            p.copy_(self.average.shadow[name])
+            self.average.shadow[name].copy_(kept)
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
 
 
 def named_parameters(modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -130,10 +160,10 @@ def load_checkpoint(
         for name, p in parameters.items():
             p.copy_(stored[f"weight/{name}"])
             if f"exp_avg/{name}" in stored:
-                optimizer.state[p] = {
-                    key: stored[f"{key}/{name}"].to(p.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                # In place where there are some: a recorded step goes on using those.
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    value = stored[f"{key}/{name}"].to(p.device)
+                    optimizer.state[p].setdefault(key, value).copy_(value)
         if average is not None:
             for name, value in average.shadow.items():
                 value.copy_(stored[f"average/{name}"])
@@ -142,12 +172,57 @@ def load_checkpoint(
     return True
 
 
-def generator(seed: int, *counter: int) -> torch.Generator:
-    """Randomness by counter: the same (seed, counter) always gives the same stream."""
+def pick_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def adamw(
+    parameters: Iterable[torch.Tensor], device: str, decay: float = 0.01
+) -> torch.optim.AdamW:
+    """AdamW whose learning rate is a tensor on the device, so that a recorded step can be given another one."""
+    rate = torch.zeros((), device=device)
+    cuda = device == "cuda"
+    return torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True, capturable=cuda
+    )
+
+
+def recorded(step: Callable[[], None], device: str) -> Callable[[], None]:
+    """The same step as one CUDA graph; the step itself on a CPU.
+
+    It must read only from tensors that stay where they are, and not wait for the device. It runs three times
+    before, so the learning rate should be 0 by then.
+    """
+    if device != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:  # minutes on a GPU are dear: rather slow than not at all
+        print(f"not recorded: {error}", flush=True)
+        torch.cuda.synchronize()
+        return step
+    return graph.replay
+
+
+def generator(seed: int, *counter: int, device: str = "cpu") -> torch.Generator:
+    """Randomness by counter: the same (seed, counter) always gives the same stream on the same kind of device."""
     mixed = seed
     for number in counter:
         mixed = (mixed * 1_000_003 + number + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(mixed)
+    return torch.Generator(device).manual_seed(mixed)
+
+
+def uniform(g: torch.Generator, *shape: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) on the generator's device."""
+    return torch.rand(shape, generator=g, device=g.device)
 
 
 def log(folder: Path, **record: float | int | str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from drawings import (
     DROPPED_GROUPS,
     NEW_STYLES,
     OTHER_HANDS,
+    SIZE,
     STYLES,
     concepts,
     good_concepts,
@@ -38,7 +40,7 @@ from fetch import ROOT, WORK
 from make_sets import split_concepts
 from pretrain_vae import restyle, to_model
 from safetensors.torch import load_file, save_file
-from state import Average, count, generator, log
+from state import Average, adamw, count, generator, log, pick_device, recorded, uniform
 from tokenizers import Tokenizer
 
 from lora_nb.judge import Judge
@@ -95,33 +97,35 @@ def judged_concepts() -> list[str]:
 
 
 @torch.no_grad()
-def through_the_decoder(pictures: torch.Tensor, vae_folder: Path, cache: Path) -> torch.Tensor:
+def through_the_decoder(
+    pictures: torch.Tensor, vae_folder: Path, cache: Path, device: str
+) -> torch.Tensor:
     """The same pictures encoded and decoded again, computed once."""
     if not cache.exists():
-        vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+        vae = AutoencoderKL.from_pretrained(vae_folder).to(device).eval()
         parts = []
-        for part in pictures.split(16):
-            with torch.autocast("cpu", torch.bfloat16):
-                y = vae.decode(vae.encode(to_model(part)).latent_dist.mean).sample
-            parts.append(((y.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        for part in pictures.split(32):
+            with torch.autocast(device, torch.bfloat16):
+                y = vae.decode(vae.encode(to_model(part.to(device))).latent_dist.mean).sample
+            parts.append(((y.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
         save_file({"pictures": torch.cat(parts)}, cache)
     return load_file(cache)["pictures"]
 
 
 def vary(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """Shift, scale, stretch, shear a little, blur some, change brightness and colour a little."""
+    """Shift, scale, stretch, shear a little, blur some, change brightness and colour of half a little."""
     n = len(x)
 
     def draw(low: float, high: float) -> torch.Tensor:
-        return torch.rand(n, generator=g) * (high - low) + low
+        return uniform(g, n) * (high - low) + low
 
-    scale, stretch, angle = draw(0.85, 1.2), draw(0.94, 1.06), draw(-0.15, 0.15)
+    scale, stretch, angle = draw(0.8, 1.25), draw(0.92, 1.08), draw(-0.2, 0.2)
     affine = torch.stack(
         [
             torch.stack(
-                [scale * stretch * angle.cos(), -scale * angle.sin(), draw(-0.06, 0.06)], 1
+                [scale * stretch * angle.cos(), -scale * angle.sin(), draw(-0.08, 0.08)], 1
             ),
-            torch.stack([scale * angle.sin(), scale / stretch * angle.cos(), draw(-0.06, 0.06)], 1),
+            torch.stack([scale * angle.sin(), scale / stretch * angle.cos(), draw(-0.08, 0.08)], 1),
         ],
         1,
     )
@@ -131,12 +135,11 @@ def vary(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     x = torch.where((draw(0, 1) < 0.3)[:, None, None, None], x.flip(-1), x)
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     x = torch.lerp(x, soft, (draw(0, 4) - 3).clamp(min=0)[:, None, None, None])
-    gain = 1 + 0.01 * torch.randn(n, 3, 1, 1, generator=g)
-    x = (
-        (x - 1) * gain
-        + 1
-        + 0.015 * torch.randn(x.shape, generator=g) * draw(0, 1)[:, None, None, None]
-    )
+    # The other half keeps its paints: a palette is told by shades.
+    strength = (draw(-1, 1).clamp(min=0))[:, None, None, None]
+    normal = torch.randn(n, 3, 1, 1, generator=g, device=x.device)
+    grain = torch.randn(x.shape, generator=g, device=x.device)
+    x = (x - 1) * (1 + 0.02 * strength * normal) + 1 + 0.02 * strength * grain
     return x.clamp(-1, 1)
 
 
@@ -146,8 +149,7 @@ def restyle_some(x: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, tor
     A thing stays the thing in other colours, as an outline, and as a black shape with white lines. The
     first judge never saw that, took colour for the thing, and named 2 % of the ink drawings.
     """
-    n = len(x)
-    kind = torch.rand(n, generator=g)[:, None, None, None]
+    kind = uniform(g, len(x))[:, None, None, None]
     shape = (1 - x.amin(1, keepdim=True)).mul(4).clamp(0, 1)
     across = F.pad((x[..., 1:] - x[..., :-1]).abs().amax(1, keepdim=True), (1, 0))
     down = F.pad((x[..., 1:, :] - x[..., :-1, :]).abs().amax(1, keepdim=True), (0, 0, 1, 0))
@@ -162,10 +164,11 @@ def restyle_some(x: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, tor
 def measure(judge: Judge, pictures: torch.Tensor, style: torch.Tensor, name: torch.Tensor) -> dict:
     """Accuracy of style and of concept (first, and among the first five) on some drawings."""
     judge.eval()
-    features = torch.cat([judge.picture(to_model(part)) for part in pictures.split(64)])
-    found = judge.logits(features, judge.styles, "style").argmax(1) == style
+    device = next(judge.parameters()).device
+    features = torch.cat([judge.picture(to_model(p.to(device))) for p in pictures.split(64)])
+    found = judge.logits(features, judge.styles, "style").argmax(1) == style.to(device)
     logits = judge.logits(features, judge.names, "concept")
-    rank = (logits > logits.gather(1, name[:, None])).sum(1) + 1
+    rank = (logits > logits.gather(1, name.to(device)[:, None])).sum(1) + 1
     return {
         "pictures": len(pictures),
         "style_accuracy": found.float().mean().item(),
@@ -188,6 +191,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--average", type=float, default=0.999, help="decay of the averaged weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -195,14 +201,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     pictures, style, name, kept = drawings()
     good = int((name >= 0).sum())
-    decoded = through_the_decoder(pictures, args.vae, args.out / "decoded-all.safetensors")
-    book = concepts()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    book, device = concepts(), pick_device()
+    cache = args.out / "decoded-all.safetensors"
+    decoded = through_the_decoder(pictures, args.vae, cache, device)
     torch.manual_seed(args.seed)
-    # Learned anew, some tokens would get other numbers, and the weights would not know them.
+    # Learned anew, some tokens would get other numbers each time.
+    shipped = (args.init or ROOT / "data" / "judge") / "tokenizer.json"
     tokenizer = (
-        Tokenizer.from_file(str(args.init / "tokenizer.json"))
-        if args.init
+        Tokenizer.from_file(str(shipped))
+        if shipped.exists()
         else build_tokenizer().backend_tokenizer
     )
     tokenizer.no_padding()
@@ -214,52 +221,64 @@ def main() -> None:
         judge.float()
         seen = json.loads((args.init / "judge.json").read_text())["samples"]
     judge.to(device)
-    average = Average(floats(judge))
-    averaged = Judge(tokenizer, tuple(STYLES), names, {})
+    average = Average(floats(judge), args.average)
+    averaged = Judge(tokenizer, tuple(STYLES), names, {}).to(device)
     shown, held = (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
+    both = torch.stack([pictures, decoded]).to(device)
+    labels = style.to(device), name.to(device)
     log(args.out, event="start", parameters=count(judge.parameters()), shown=len(shown))
-    optimizer = torch.optim.AdamW(
-        judge.parameters(), lr=args.peak, betas=(0.9, 0.98), weight_decay=0.05
-    )
-    per_epoch = len(shown) // args.batch
-    total, losses = args.epochs * per_epoch, []
-    for step in range(total):
-        g = generator(args.seed, step)
-        if step % per_epoch == 0:
-            order = shown[torch.randperm(len(shown), generator=generator(args.seed, -1, step))]
-        place = step % per_epoch * args.batch
-        index = order[place : place + args.batch]
-        blurred = torch.rand(len(index), generator=g) < 0.5
-        x = pictures[index]
-        x[blurred] = decoded[index[blurred]]
-        x = vary(to_model(x), g)
-        # A thing stays the thing in other colours and as an outline, but its style is gone then.
-        x, kept_style = restyle_some(x, g)
-        for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 100)
-            group["lr"] = args.peak * warm * 0.5 * (1 + math.cos(math.pi * step / total))
-        judge.train()
+    optimizer = adamw(judge.parameters(), device, decay=0.05)
+    x = torch.zeros(args.batch, 3, SIZE, SIZE, device=device)
+    true_style, true_name = (torch.zeros(args.batch, dtype=torch.long, device=device) for _ in "ab")
+    texts = judge.tokens(judge.styles), judge.tokens(judge.names)
+    sums = torch.zeros(2, device=device)
+    judge.train()
+
+    def train_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16):
-            features = judge.picture(x.to(device)).float()
-        of_style = judge.logits(features, judge.styles, "style")
-        of_name = judge.logits(features, judge.names, "concept")
-        true_style, true_name = style[index].to(device), name[index].to(device)
-        kept_style = kept_style.to(device) & (true_style >= 0)
-        style_loss = F.cross_entropy(of_style[kept_style], true_style[kept_style])
+            features = judge.picture(x).float()
+        of_style = judge.similar(features, texts[0], "style")
+        of_name = judge.similar(features, texts[1], "concept")
+        style_loss = F.cross_entropy(of_style, true_style, ignore_index=-1)
         loss = 2 * style_loss
         loss = loss + F.cross_entropy(of_name, true_name, label_smoothing=0.05, ignore_index=-1)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        sums.add_(torch.stack([loss.detach(), style_loss.detach()]))
+
+    replay = recorded(train_step, device)
+    sums.zero_()
+    per_epoch = len(shown) // args.batch
+    total, report = args.epochs * per_epoch, max(1, args.epochs // 10) * per_epoch
+    began = time.time()
+    for step in range(total):
+        g = generator(args.seed, step, device=device)
+        if step % per_epoch == 0:
+            order = shown[torch.randperm(len(shown), generator=generator(args.seed, -1, step))]
+            order = order.to(device)
+        place = step % per_epoch * args.batch
+        index = order[place : place + args.batch]
+        blurred = (uniform(g, len(index)) < 0.5).long()
+        # A thing stays the thing in other colours and as an outline, but its style is gone then.
+        seen_as, kept_style = restyle_some(vary(to_model(both[blurred, index]), g), g)
+        x.copy_(seen_as)
+        true_style.copy_(torch.where(kept_style, labels[0][index], -1))
+        true_name.copy_(labels[1][index])
+        warm = min(1.0, (step + 1) / 100)
+        rate = args.peak * warm * 0.5 * (1 + math.cos(math.pi * step / total))
+        optimizer.param_groups[0]["lr"].fill_(rate)
+        replay()
         average.update(floats(judge), step)
-        losses.append((loss.item(), style_loss.item()))
-        if (step + 1) % (2 * per_epoch) == 0:
-            total_loss, of_styles = np.mean(losses, axis=0)
+        if (step + 1) % report == 0:
+            total_loss, of_styles = (sums / report).tolist()
             record = {"step": step + 1, "loss": total_loss, "style_loss": of_styles}
+            record["seconds"] = time.time() - began
             averaged.load_state_dict(judge.state_dict() | average.shadow)
             log(args.out, **record, **measure(averaged, pictures[held], style[held], name[held]))
-            losses.clear()
+            sums.zero_()
     averaged.load_state_dict(judge.state_dict() | average.shadow)
+    averaged.cpu()
     sources = {"drawings": pictures[:good], "decoded": decoded[:good]}
     seen += total * args.batch
     write(averaged, args.to, sources, style[:good], name[:good], kept[:good], seen)

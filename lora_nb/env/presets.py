@@ -111,7 +111,7 @@ def preset(name: str = "auto") -> Preset:
     ink = str(data_dir() / "ink")
     if name == "tiny":
         base = str(data_dir() / "base")
-        return Preset("tiny", "sd", base, ink, 128, 8, 200, 2e-3, 8, None, 25, 3.0, 0.7, reason)
+        return Preset("tiny", "sd", base, ink, 128, 8, 200, 2e-3, 8, None, 25, 1.5, 0.7, reason)
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(pick_device().dtype)
     if name == "sd15":
         return Preset("sd15", "sd", _SD15, ink, 512, 4, 500, 1e-4, 8, half, 30, 7.5, 0.0, reason)
