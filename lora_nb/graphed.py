@@ -31,6 +31,9 @@ from lora_nb.learner import Learner
 from lora_nb.loss import Loss, named_noise
 
 GRAPHS = 32  # combinations of shapes that are captured; steps of further ones stay eager
+SAME = (
+    0.02  # relative difference of a replay from the eager step: sums in bf16 may take another order
+)
 WARM = 3  # steps before capturing, in which libraries choose kernels and take their memory
 
 Inputs = dict[str, torch.Tensor]
@@ -206,7 +209,10 @@ class Capture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run, hold: torch.Tensor) -> Run:
-        """A function that replays `run`, which is run a few times first with weights and moments held."""
+        """A function that replays `run`, which is run a few times first with weights and moments held.
+
+        The first replay must find what those runs have found, or RuntimeError is raised.
+        """
         hold.fill_(1.0)
         graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # A capture that fails leaves its own stream in force; the outer block puts this one back.
@@ -214,10 +220,12 @@ class Capture:
             self.stream.wait_stream(now)
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM):
-                    run()
+                    eager = run()
             now.wait_stream(self.stream)
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 packed = run()
+            graph.replay()
+            require_same(packed, eager)
         hold.fill_(0.0)
 
         def replay() -> torch.Tensor:
@@ -225,6 +233,14 @@ class Capture:
             return packed
 
         return replay
+
+
+def require_same(replayed: torch.Tensor, eager: torch.Tensor) -> None:
+    """Raise RuntimeError unless a replay has the losses and norms of the eager step, to what half precision rounds."""
+    if not torch.allclose(replayed, eager, rtol=SAME, atol=1e-6, equal_nan=True):
+        apart = (replayed - eager).abs() / eager.abs().clamp(min=1e-6)
+        worst = apart.nan_to_num().max().item()
+        raise RuntimeError(f"its first replay differs from the eager step by {worst:.1e}")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from lora_nb import adapters, checkpoint
 from lora_nb.errors import NumericsError
 from lora_nb.families import tiny
-from lora_nb.graphed import GraphedStep
+from lora_nb.graphed import GraphedStep, require_same
 from lora_nb.trainer import train
 
 gpu = pytest.mark.gpu
@@ -250,6 +250,13 @@ def both(config):
     assert training.graphed.captured
     assert not training.graphed.graphs  # their memory is free for what comes next
     return eager, found
+
+
+def test_a_replay_that_finds_something_else_is_refused():
+    eager = torch.tensor([0.5, 0.25, math.nan, 3.0])
+    require_same(eager * 1.01, eager)
+    with pytest.raises(RuntimeError, match=r"differs from the eager step by 1\.0e-01"):
+        require_same(torch.tensor([0.5, 0.25, math.nan, 3.3]), eager)
 
 
 @gpu
