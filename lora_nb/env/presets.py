@@ -88,7 +88,8 @@ _LARGE = {
 PRESETS = ("tiny", "sd15", *_LARGE)
 
 
-# GPU memory in GB that training wants, predicted from counted weights and activations, not measured.
+# GPU memory in GB that training wants: what the allocator held on an H200 (BENCHMARKS.md), batch 4 and batch 1 with
+# checkpointing, rounded up.
 GPU_GB = {"sd15": 7.0, "sdxl": 12.0}
 
 
