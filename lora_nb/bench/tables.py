@@ -199,7 +199,9 @@ def _gpu(part: Part) -> str:
         "shape", "batch", "precision", "loop", "samples/s", "ratio", "peak allocated", "reserved", "of floor", "note",
     )  # fmt: skip
     return (
-        f"## GPU: {part['gpu']}\n\nRandom weights, LoRA of rank 8. The eager loop is peft under autocast; like the "
+        f"## GPU: {part['gpu']}\n\nMeasured on another machine by `python -m lora_nb bench --gpu`, "
+        f"{part['conditions']['on']}. "
+        "Random weights, LoRA of rank 8. The eager loop is peft under autocast; like the "
         "reference script it encodes the pictures with the VAE, and the captions, in every step. Ours, in the same "
         "process, has latents and text states cached, as they are after the first epoch; `eager` launches kernel by "
         "kernel what is otherwise one CUDA graph. Ratios are to the eager loop at the same batch, above 1 ours is "
