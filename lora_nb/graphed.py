@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
@@ -28,12 +27,10 @@ from lora_nb.families import Batch, Family, network
 from lora_nb.families.base import from_moments
 from lora_nb.gradients import Gradients, clipped, training_mode
 from lora_nb.learner import Learner
-from lora_nb.loss import Loss, named_noise
+from lora_nb.loss import Loss, named_noise, weighted_error
 
 GRAPHS = 32  # combinations of shapes that are captured; steps of further ones stay eager
-SAME = (
-    0.02  # relative difference of a replay from the eager step: sums in bf16 may take another order
-)
+SAME = 0.02  # relative, of a replay to the eager step: sums in bf16 may take another order
 WARM = 3  # steps before capturing, in which libraries choose kernels and take their memory
 
 Inputs = dict[str, torch.Tensor]
@@ -123,9 +120,7 @@ def loss_on(family: Family, micro: Micro) -> Loss:
     """`diffusion_loss` from the network on, of the numbers in a micro-step's buffers."""
     held = micro.inputs
     prediction = family.predict(held["x_t"], held["t"], family.condition(micro.batch))
-    errors = F.mse_loss(prediction.float(), held["target"].float(), reduction="none")
-    per_image = errors.flatten(1).mean(1)
-    return Loss((per_image * held["weight"]).mean(), per_image, held["t"])
+    return weighted_error(prediction, held["target"], held["weight"], held["t"])
 
 
 class StepOnBuffers:

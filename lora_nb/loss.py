@@ -32,10 +32,17 @@ def diffusion_loss(family: Family, batch: Batch, noise_offset: float = 0.0) -> L
     x_t = objective.add_noise(x0, noise, t)
     prediction = family.predict(x_t, t, condition)
     target = objective.target(x0, noise, t)
-    per_image = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
-    weight = objective.weight(t).to(per_image.device)
+    weight = objective.weight(t).to(prediction.device)
     if batch.weights is not None:
-        weight = weight * batch.weights.to(per_image.device)
+        weight = weight * batch.weights.to(prediction.device)
+    return weighted_error(prediction, target, weight, t)
+
+
+def weighted_error(
+    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, t: torch.Tensor
+) -> Loss:
+    """Mean squared error of each picture in float32, and their mean weighted by `weight` (B,)."""
+    per_image = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
     return Loss((per_image * weight).mean(), per_image, t)
 
 

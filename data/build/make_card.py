@@ -20,6 +20,8 @@ from pretrain import base_concepts, encode, held_concepts, held_out_loss, load_d
 from pretrain_vae import pictures, psnr
 from state import count, generator
 
+from lora_nb import preset
+
 PROMPTS = ["red apple, noto style", "fox, blob style", "rocket, flat style", "pizza, classic style"]
 CARD = Path(__file__).with_name("card.md")
 RUN = ("before", "after", "true")
@@ -122,7 +124,7 @@ def measure(args: argparse.Namespace) -> dict:
         held = encode(pipe.vae, Path(folder) / "held.safetensors", *load_drawings(held_concepts()))
     facts["held_out_loss"] = f"{held_out_loss(pipe, held):.4f} ({len(held.concepts)} drawings)"
 
-    settings = {"num_inference_steps": 25, "guidance_scale": 1.5, "guidance_rescale": 0.7}
+    settings = preset("tiny").sampling
     pipe(PROMPTS[0], **settings)  # the first one pays for what is set up once
     start = time.time()
     for i, prompt in enumerate(PROMPTS):

@@ -149,14 +149,13 @@ def measure_colours(args: argparse.Namespace) -> dict:
     wanted = torch.tensor([COLOURS[row[2]][0] for row in rows])
     right = (away(hues, wanted).abs() < NEAR / 2).tolist()
     names, judge = [r[1] for r in rows], load_judge()
-    top5 = metrics.concept_score(pictures, names, judge)
-    ranks = judge.concept_ranks(pictures, names)
-    both = [a and rank <= 5 for a, rank in zip(right, ranks, strict=True)]
+    named = judge.concept_ranks(pictures, names) <= 5
+    both = [a and b for a, b in zip(right, named, strict=True)]
     sheet(pictures[:48], [r[0] for r in rows[:48]], args.out / "colours.png")
     return {
         "colours": {
             "colour": metrics.share(right)._asdict(),
-            "concept_top5": top5._asdict(),
+            "concept_top5": metrics.share(named)._asdict(),
             "both": metrics.share(both)._asdict(),
         }
     }

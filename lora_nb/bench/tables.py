@@ -199,7 +199,7 @@ def _gpu(part: Part) -> str:
         "shape", "batch", "precision", "loop", "samples/s", "ratio", "peak allocated", "reserved", "of floor", "note",
     )  # fmt: skip
     return (
-        f"## GPU: {part['gpu']}\n\nMeasured on another machine by `python -m lora_nb bench --gpu`, "
+        f"## GPU: {part['gpu']}\n\nMeasured by `python -m lora_nb bench --gpu` on a machine with this card, "
         f"{part['conditions']['on']}. "
         "Random weights, LoRA of rank 8. The eager loop is peft under autocast; like the "
         "reference script it encodes the pictures with the VAE, and the captions, in every step. Ours, in the same "
