@@ -5,7 +5,7 @@ import math
 import torch
 from accelerate import Accelerator
 
-from lora_nb import adapters, compiling, formats, optimization, projections
+from lora_nb import adapters, channels_last, compiling, formats, optimization, projections
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError, NumericsError
 from lora_nb.families import Family, network
@@ -59,7 +59,8 @@ class Learner:
 
     def norm(self) -> torch.Tensor:
         """The norm of all trainable weights together."""
-        return torch.nn.utils.get_total_norm(self.all_weights())
+        # Of a Parameter torch takes the norm by itself, thousands of kernels for a large adapter; of tensors at once.
+        return torch.nn.utils.get_total_norm([weight.detach() for weight in self.all_weights()])
 
     def refuse_non_finite(self, norm: float, step: int, saved_step: int) -> None:
         """Raise NumericsError if step `step` has made a weight, and so their norm, infinite or not a number."""
@@ -79,8 +80,7 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
         formats.kohya.layout_of(family)  # refuses now what could not be written at the end
     lora = adapters.named(family, config.lora)
     if family.device.type == "cuda":  # on a CPU the other kernels lose what convolutions gain
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        torch.nn.Module.to(network(family), memory_format=layout)
+        (channels_last.keep if config.channels_last else channels_last.undo)(network(family))
     adapters.add(family, lora, seed=config.seed)
     (projections.group if config.fused_lora else projections.ungroup)(family)
     (compiling.compile_blocks if config.torch_compile else compiling.restore_blocks)(family)

@@ -5,6 +5,7 @@ input. Here projections of one input are one product with their branches. Layers
 so there is nothing to undo for saving, scaling, merging or removing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,48 +20,72 @@ from lora_nb.families import Family, network
 
 
 class Projection(torch.autograd.Function):
-    """x W^T + b + scale (x A^T) B^T for layers side by side (Hu et al. 2021, equation 3).
+    """x W^T + b + scale (x A^T) B^T for layers of one shape side by side (Hu et al. 2021, equation 3).
 
-    x: (N, in). weight: (outs, in), one layer's below the other's, and bias (outs,) or None; both frozen. factors: A
-    (rank, in) of each layer, then B (out, rank) of each, float32; they are used in x's dtype. Result: (N, outs).
+    x: (N, in). weight: (layers x out, in), one layer's below the other's, and bias (layers x out,) or None; both
+    frozen. factors: A (rank, in) of each layer, then B (out, rank) of each, float32; they are used in x's dtype.
+    Result: (N, layers x out).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, scale: float, *factors: Any) -> Any:
-        half = len(factors) // 2
-        a = torch.cat(factors[:half]).to(x.dtype)
-        bs = [b.to(x.dtype) for b in factors[half:]]
-        ctx.outs, ctx.ranks, ctx.scale = [len(b) for b in bs], [b.shape[1] for b in bs], scale
-        inner = x @ a.T  # (N, ranks)
+        a, b = _stacked(factors, x.dtype)
+        inner = _scaled(x @ a.T, scale)  # (N, layers x rank)
         y = F.linear(x, weight, bias)
-        for out, u, b in zip(y.split(ctx.outs, 1), inner.split(ctx.ranks, 1), bs, strict=True):
-            out.addmm_(u, b.T, alpha=scale)
-        ctx.save_for_backward(x, weight, inner, a, *bs)
+        _by_layer(y, len(b)).baddbmm_(_by_layer(inner, len(b)), b.mT)
+        ctx.scale = scale
+        ctx.save_for_backward(x, weight, inner, a, b)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Any) -> Any:
-        x, weight, inner, a, *bs = ctx.saved_tensors
-        dys, us = dy.split(ctx.outs, 1), inner.split(ctx.ranks, 1)
-        d_inner = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1)
-        d_a = (d_inner.T @ x).float().mul_(ctx.scale).split(ctx.ranks)
-        d_bs = [(d.T @ u).float().mul_(ctx.scale) for d, u in zip(dys, us, strict=True)]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(d_inner, a, alpha=ctx.scale)
-        return dx, None, None, None, *d_a, *d_bs
+        x, weight, inner, a, b = ctx.saved_tensors
+        layers, rank = len(b), b.shape[2]
+        dys, d_inner = _by_layer(dy, layers), torch.empty_like(inner)
+        torch.bmm(dys, b, out=_by_layer(d_inner, layers))
+        _scaled(d_inner, ctx.scale)
+        d_a = _in_float32(torch.mm, d_inner.T, x).split(rank)
+        d_b = _in_float32(torch.bmm, dys.mT, _by_layer(inner, layers)).unbind()
+        dx = (dy @ weight).addmm_(d_inner, a) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, *d_a, *d_b
 
 
 def plain_projection(
     x: torch.Tensor, weight: torch.Tensor, bias: Any, scale: float, *factors: torch.Tensor
 ) -> torch.Tensor:
     """What `Projection` computes, for a compiler that writes the backward pass itself."""
+    a, b = _stacked(factors, x.dtype)
+    branches = torch.bmm(_by_layer(x @ a.T, len(b)), b.mT)
+    y = _by_layer(F.linear(x, weight, bias), len(b)) + scale * branches
+    return y.transpose(0, 1).flatten(1)
+
+
+def _stacked(
+    factors: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A of all layers below each other (layers x rank, in), and B of each (layers, out, rank), in the dtype."""
     half = len(factors) // 2
-    ranks = [b.shape[1] for b in factors[half:]]
-    inner = (x @ torch.cat(factors[:half]).to(x.dtype).T).split(ranks, 1)
-    branches = [u @ b.to(x.dtype).T for u, b in zip(inner, factors[half:], strict=True)]
-    return F.linear(x, weight, bias) + scale * torch.cat(branches, 1)
+    if half == 1:
+        return factors[0].to(dtype), factors[1].to(dtype)[None]
+    return torch.cat(factors[:half]).to(dtype), torch.stack(factors[half:]).to(dtype)
+
+
+def _by_layer(rows: torch.Tensor, layers: int) -> torch.Tensor:
+    """Rows (N, layers x width) as a view (layers, N, width)."""
+    return rows.unflatten(1, (layers, -1)).transpose(0, 1)
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x times the scale, in place; mostly alpha is the rank, and nothing is to be done."""
+    return x if scale == 1 else x.mul_(scale)
+
+
+def _in_float32(product: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product that sums in float32 and, on a GPU, is never rounded to the half precision of its factors."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return product(left, right, out_dtype=torch.float32)
+    return product(left, right).float()
 
 
 class GroupedAttention:
@@ -104,7 +129,7 @@ class GroupedAttention:
         layers, bases = _layers(attn, names)
         adapted = [layer for layer in layers if layer not in bases and _active(layer)]
         alike = len(adapted) in (0, len(layers)) and all(map(_simple, adapted))
-        alike = alike and len({layer.scaling[adapters.ADAPTER] for layer in adapted}) < 2
+        alike = alike and len({_kind(layer) for layer in adapted}) < 2
         if not alike or {type(base) for base in bases} != {nn.Linear}:
             return tuple(layer(x) for layer in layers)
         weight, bias = self._frozen(names, bases)
@@ -155,6 +180,11 @@ def _side_by_side(tensors: list[nn.Parameter]) -> torch.Tensor:
 
 def _active(layer: Linear) -> bool:
     return not (layer.disable_adapters or layer.merged)
+
+
+def _kind(layer: Linear) -> tuple[float, torch.Size]:
+    """What layers must have in common to be projected together: scale, and the shape of B."""
+    return layer.scaling[adapters.ADAPTER], layer.lora_B[adapters.ADAPTER].weight.shape
 
 
 def _simple(layer: Linear) -> bool:
