@@ -21,7 +21,8 @@ from lora_nb.run_folder import History
 class Gradients:
     """Forward and backward over the batches of a step.
 
-    modules: all of the parts that carry adapters. micro_batch: pictures at a time; fewer once memory ran out.
+    modules: of the parts that carry adapters, those that training mode is meant for. micro_batch: pictures at a time;
+    fewer once memory ran out.
     """
 
     def __init__(
@@ -35,7 +36,10 @@ class Gradients:
         self.config, self.accelerator, self.history = config, accelerator, history
         self.learner, self.batches = learner, batches
         parts = [learner.family.trainable[part] for part in learner.weights]
-        self.modules = [module for part in parts for module in part.modules()]
+        modules = [module for part in parts for module in part.modules()]
+        # In training mode the library's convolutions copy their input, for a way to share gradients that is not used
+        # here; their dropout is a module of its own.
+        self.modules = [m for m in modules if type(m).__name__ != "ResnetBlock2D"]
         self.drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in self.modules)
         self.micro_batch = config.train_batch_size
 

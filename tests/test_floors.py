@@ -14,6 +14,7 @@ FLOORS = (
     (
         "adapters",
         "projections",
+        "channels_last",
         "compiling",
         "disk_cache",
         "cache",

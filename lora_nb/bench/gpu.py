@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_nb import adapters, memory, projections
+from lora_nb import adapters, channels_last, compiling, memory, projections
 from lora_nb.bench import ground
 from lora_nb.bench.plain import Plain
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
@@ -42,6 +42,7 @@ BASELINE = "plain"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     BASELINE: ("eager, peft, autocast", {}),
     "ours": ("ours", {}),
+    "compiled": ("ours, compiled", {"torch_compile": True}),
     "eager": ("ours, eager", {"cuda_graph": False}),
     "contiguous": ("ours, not channels_last", {"channels_last": False}),
     "checkpointing": ("ours, checkpointing", {"gradient_checkpointing": True}),
@@ -160,8 +161,9 @@ class Models:
         family = self.made[1]
         adapters.remove(family)
         projections.ungroup(family)
+        compiling.restore_blocks(family)
         network(family).disable_gradient_checkpointing()
-        torch.nn.Module.to(network(family), memory_format=torch.contiguous_format)
+        channels_last.undo(network(family))
         network(family).requires_grad_(False).eval()
         freeze(family.vae, torch.float32, self.device)
         memory.release()
