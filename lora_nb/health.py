@@ -1,9 +1,11 @@
 """Signs of life of the adapters: whether their weights move, how far each block has come, whether B is still zero."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from lora_nb import adapters
 from lora_nb.families import Family
@@ -45,34 +47,60 @@ class Health:
         return found
 
 
-def measure(family: Family, start: State) -> Health:
-    """Compare the adapters with `start`, their state before the first step."""
-    now = adapters.state(family)
-    moved, zero_b = {}, {}
-    for part, weights in now.items():
-        changed = sum((value != start[part][key]).sum().item() for key, value in weights.items())
-        moved[part] = changed / sum(value.numel() for value in weights.values())
-        zero = [not value.any() for key, value in weights.items() if "lora_B" in key]
-        zero_b[part] = sum(zero) / len(zero)
-    return Health(moved, zero_b, {part: _change(family.trainable[part]) for part in now})
+class Watch:
+    """Compares a family's adapters with `start`, their state before the first step, whenever it is called."""
+
+    def __init__(self, family: Family, start: State):
+        self.family, self.start = family, start
+        self._base: dict[str, torch.Tensor] = {}  # ||W||^2 of the layers of each part
+
+    def __call__(self) -> Health:
+        now = adapters.state(self.family)
+        moved, zero_b = {}, {}
+        for part, weights in now.items():
+            changed = sum((x != self.start[part][key]).sum().item() for key, x in weights.items())
+            moved[part] = changed / sum(value.numel() for value in weights.values())
+            zero = [not value.any() for key, value in weights.items() if "lora_B" in key]
+            zero_b[part] = sum(zero) / len(zero)
+        return Health(moved, zero_b, {part: self._change(part) for part in now})
+
+    @torch.no_grad()
+    def _change(self, part: str) -> dict[str, float]:
+        """||scale B A|| / ||W|| of each block that carries adapters, in the order of the module."""
+        names, layers = zip(*adapters.layers(self.family.trainable[part]), strict=True)
+        if part not in self._base:  # frozen, and far larger than the adapters
+            self._base[part] = torch.stack([_square(layer.get_base_layer()) for layer in layers])
+        squares: dict[str, torch.Tensor] = {}
+        for name, *each in zip(names, _changes(layers), self._base[part].tolist(), strict=True):
+            block = block_of(name)
+            squares[block] = squares.get(block, 0) + torch.tensor(each, dtype=torch.float64)
+        return {
+            block: (change.clamp(min=0) / weight).sqrt().item()
+            for block, (change, weight) in squares.items()
+        }
 
 
-@torch.no_grad()
-def _change(module: torch.nn.Module) -> dict[str, float]:
-    """||scale B A|| / ||W|| of each block that carries adapters, in the order of the module."""
-    squares: dict[str, list[torch.Tensor]] = {}
-    for name, layer in adapters.layers(module):
+def _square(layer: torch.nn.Module) -> torch.Tensor:
+    return layer.weight.float().square().sum()
+
+
+def _changes(layers: Sequence[LoraLayer]) -> list[float]:
+    """||scale B A||^2 of each layer; those of one shape together, as an adapter has hundreds of layers."""
+    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    factors = []
+    for i, layer in enumerate(layers):
         a = layer.lora_A[adapters.ADAPTER].weight.flatten(1)
         b = layer.lora_B[adapters.ADAPTER].weight.flatten(1)
+        factors.append((a, b))
+        alike.setdefault((a.shape, b.shape), []).append(i)
+    found = [0.0] * len(layers)
+    for rows in alike.values():
+        a, b = (torch.stack(each) for each in zip(*(factors[i] for i in rows), strict=True))
         # ||B A||^2 = trace(B'B AA'): two products of rank by rank instead of one of the layer's size
-        product = ((b.T @ b) * (a @ a.T)).sum() * layer.scaling[adapters.ADAPTER] ** 2
-        weight = layer.get_base_layer().weight.float().square().sum()
-        sums = squares.setdefault(block_of(name), [torch.zeros_like(weight)] * 2)
-        squares[block_of(name)] = [sums[0] + product, sums[1] + weight]
-    return {
-        block: (change.clamp(min=0) / weight).sqrt().item()
-        for block, (change, weight) in squares.items()
-    }
+        products = ((b.mT @ b) * (a @ a.mT)).sum((1, 2)).tolist()
+        for i, product in zip(rows, products, strict=True):
+            found[i] = product * layers[i].scaling[adapters.ADAPTER] ** 2
+    return found
 
 
 def block_of(name: str) -> str:

@@ -24,6 +24,7 @@ class Monitor:
         self.config, self.learner, self.total, self.history = config, learner, total, history
         self.probe: Probe | None = None
         self.last_probe: ProbeResult | None = None
+        self.health = health.Watch(learner.family, learner.untrained)
 
     def start(self, done: int, held_out: Pictures | None, cache: Cache) -> None:
         """Measure the base model on the held-out pictures, once; captions are kept as `cache` keeps them."""
@@ -54,19 +55,16 @@ class Monitor:
         """Now and then a look at all weights; a part that does not learn is said once."""
         if done not in (1, self.total) and done % health.EVERY:
             return None
-        result = self._health()
+        result = self.health()
         if done == health.SETTLED:
             for alarm in result.alarms(done):
                 self.history.record("alarm", step=done, message=alarm)
                 warnings.warn(alarm, stacklevel=3)
         return result
 
-    def _health(self) -> Health:
-        return health.measure(self.learner.family, self.learner.untrained)
-
     def refuse_nothing_learned(self, done: int) -> None:
         """Raise NumericsError if the adapters still are the base model after the last step, and say why."""
-        if not self._health().nothing_learned:
+        if not self.health().nothing_learned:
             return
         reason, rates = "no gradient reached it, or it is lost in rounding", self.learner.rates
         if rates.always_zero(self.total):

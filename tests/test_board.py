@@ -54,7 +54,7 @@ def test_the_figure_shows_every_part_and_block(done):
 def test_change_per_block_is_that_of_the_matrices(config):
     training = train(config.replace(lora=PARTS))
     list(training)
-    measured = health.measure(training.family, training.learner.untrained).change
+    measured = training.monitor.health().change
     sums = {}
     for part, name, change, weight in adapters.strength(training.family):
         squares = sums.setdefault((part, health.block_of(name)), [0.0, 0.0])

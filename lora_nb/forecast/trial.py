@@ -143,10 +143,10 @@ class Trial:
         with meter.watch(self.device) as peak:
             while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
                 times.append(self._step())
-        learner, graphed = self.training.learner, self.training.graphed
+        graphed = self.training.graphed
         if graphed is not None:  # a replayed step allocates nothing: it has its memory already
             peak.bytes = max(peak.bytes, self._micro(self.training.gradients.micro_batch).memory)
-        look = _seconds(lambda: health.measure(learner.family, learner.untrained))
+        look = _seconds(self.training.monitor.health)
         return sum(times) / len(times) + look / health.EVERY, peak.bytes
 
     def _micro(self, size: int) -> Micro:
