@@ -40,16 +40,15 @@ Run = Callable[[], torch.Tensor]
 def applies(config: TrainConfig, accelerator: Accelerator, gradients: Gradients) -> bool:
     """Whether the steps of this training can be graphs: one process on CUDA, and nothing in them that the host decides.
 
-    A loss scaler, dropout, a text encoder that trains, 8-bit moments and compiled blocks all decide something there.
+    Dropout, a text encoder that trains and 8-bit moments all decide something there.
     """
     parts = gradients.learner.weights
     return (
         config.cuda_graph
         and accelerator.device.type == "cuda"
         and accelerator.num_processes == 1
-        and accelerator.scaler is None
         and not any(part.startswith("text_encoder") for part in parts)
-        and not (gradients.drops or config.use_8bit_adam or config.torch_compile)
+        and not (gradients.drops or config.use_8bit_adam)
     )
 
 
@@ -84,7 +83,7 @@ class Found:
     """What is known after a step. losses: of each micro-step; taken: its sample positions. weights: their norm.
 
     norms and total: of the gradient before clipping, by part and of all. used: whether the weights have changed; they
-    have not if a loss or the gradient is not finite.
+    have not if a loss or the gradient is not finite, which a loss scaler takes as a sign to go on with a smaller scale.
     """
 
     losses: list[Loss]
@@ -126,11 +125,18 @@ def loss_on(family: Family, micro: Micro) -> Loss:
 class StepOnBuffers:
     """One optimizer step as a function of buffers alone: it reads nothing back, and the host decides nothing in it.
 
-    rates: a number on the device for each group of the optimizer. hold: 1 leaves weights and moments as they are.
+    rates: a number on the device for each group of the optimizer. hold: 1 leaves weights, moments and the scale of the
+    losses as they are. scaler: of losses in fp16.
     """
 
-    def __init__(self, config: TrainConfig, learner: Learner, modules: list[torch.nn.Module]):
-        self.config, self.learner, self.modules = config, learner, modules
+    def __init__(
+        self,
+        config: TrainConfig,
+        learner: Learner,
+        modules: list[torch.nn.Module],
+        scaler: torch.amp.GradScaler | None,
+    ):
+        self.config, self.learner, self.modules, self.scaler = config, learner, modules, scaler
         device = learner.family.device
         self.rates = [torch.zeros((), device=device) for _ in learner.optimizer.param_groups]
         self.hold = torch.zeros((), device=device)
@@ -150,16 +156,31 @@ class StepOnBuffers:
             for micro in micros:
                 result = loss_on(learner.family, micro)
                 loss = result.loss * micro.share / self.config.gradient_accumulation_steps
-                loss.backward()
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
                 losses.append(loss.detach())
                 per_image.append(result.per_image.detach())
-        loss = torch.stack(losses)
+        loss, skip = torch.stack(losses), self.hold
+        if self.scaler:
+            skip = torch.maximum(skip, self._unscaled())
         norms, total = clipped(learner.weights, self.config.max_grad_norm)
         finite = torch.isfinite(loss).all() & torch.isfinite(total)
-        self._update(torch.maximum(self.hold, (~finite).float()))
+        self._update(torch.maximum(skip, (~finite).float()))
         learner.optimizer.zero_grad()  # a graph's gradients are its own, and end with it
         after = [*norms.values(), total, learner.norm()]
         return torch.cat([loss, *per_image, torch.stack(after)]).detach()
+
+    @torch.no_grad()
+    def _unscaled(self) -> torch.Tensor:
+        """Take the scale out of the gradients and choose the next one; 1 if a gradient is not finite, else 0."""
+        optimizer, scaler = self.learner.optimizer.optimizer, self.scaler
+        scaler.unscale_(optimizer)
+        (found,) = scaler._found_inf_per_device(optimizer).values()
+        state = scaler._scale, scaler._growth_tracker
+        before = [number.clone() for number in state]
+        scaler.update()
+        for number, was in zip(state, before, strict=True):
+            number.copy_(torch.where(self.hold > 0, was, number))
+        return found
 
     @torch.no_grad()
     def _update(self, skip: torch.Tensor) -> None:
@@ -266,7 +287,7 @@ class GraphedStep:
         self.config, self.learner = config, learner
         self.batches, self.gradients = batches, gradients
         self.device, self.make_capture = learner.family.device, make_capture
-        self.step = StepOnBuffers(config, learner, gradients.modules)
+        self.step = StepOnBuffers(config, learner, gradients.modules, gradients.accelerator.scaler)
         self.captured = 0  # graphs so far
         self.failed, self.reason = False, ""  # whether, and why, all steps are eager from now on
         self.too_large: set[Hashable] = set()  # shapes whose graph did not fit into memory
@@ -351,6 +372,8 @@ class GraphedStep:
             self.failed = True
         self.forget()
         self.learner.optimizer.zero_grad()
+        if self.step.scaler:
+            self.step.scaler._per_optimizer_states.clear()  # it may have begun with gradients that are gone
         memory.release()
         warnings.warn(
             f"The step could not be captured as one CUDA graph ({self.reason}), so each of its kernels is launched by "

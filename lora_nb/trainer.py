@@ -253,7 +253,8 @@ class Training:
         found = self.graphed.run(done, done + 1 < self.max_train_steps)
         self.whole = not found.used
         self.gradients.refuse_loss(found.losses, found.taken, done)
-        refuse_gradient(found.total, done)
+        if self.accelerator.scaler is None:
+            refuse_gradient(found.total, done)
         self.learner.refuse_non_finite(found.weights, done + 1, self.saved_step)
         return found.losses, found.norms
 
