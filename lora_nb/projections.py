@@ -46,7 +46,7 @@ class Projection(torch.autograd.Function):
         torch.bmm(dys, b, out=_by_layer(d_inner, layers))
         _scaled(d_inner, ctx.scale)
         d_a = _in_float32(torch.mm, d_inner.T, x).split(rank)
-        d_b = _in_float32(torch.bmm, dys.mT, _by_layer(inner, layers)).unbind()
+        d_b = _gradient_of_b(dys, _by_layer(inner, layers)).unbind()
         dx = (dy @ weight).addmm_(d_inner, a) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *d_a, *d_b
 
@@ -79,6 +79,14 @@ def _by_layer(rows: torch.Tensor, layers: int) -> torch.Tensor:
 def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
     """x times the scale, in place; mostly alpha is the rank, and nothing is to be done."""
     return x if scale == 1 else x.mul_(scale)
+
+
+def _gradient_of_b(dys: torch.Tensor, inners: torch.Tensor) -> torch.Tensor:
+    """Of each layer (layers, out, rank), float32."""
+    if dys.is_cuda:
+        return _in_float32(torch.bmm, dys.mT, inners)
+    # A CPU takes up to twice as long for a product whose second factor is as narrow as a rank.
+    return torch.bmm(inners.mT, dys).mT.float().contiguous()
 
 
 def _in_float32(product: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
