@@ -99,6 +99,15 @@ def test_batch_equals_one_by_one(pipeline):
     assert np.abs(together[0] - together[1]).max() > 1e-2
 
 
+def test_several_prompts_are_drawn_by_a_pipeline_that_takes_one(tmp_path):
+    """Würstchen's second stage takes all pictures of a batch for those of one prompt, and fails with two."""
+    pipeline = load_family("wuerstchen", str(tiny.build("wuerstchen", tmp_path))).pipeline()
+    draw = {"num_inference_steps": 2, "resolution": 128}
+    both = inference.generate(pipeline, ["a cat", "a dog"], [1, 2], **draw)
+    alone = [inference.generate(pipeline, p, s, **draw)[0] for p, s in (("a cat", 1), ("a dog", 2))]
+    assert both == alone
+
+
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler])
 def test_batch_equals_one_by_one_with_noise_in_every_step(pipeline, scheduler):
     pipeline.scheduler = scheduler.from_config(

@@ -14,6 +14,9 @@ from PIL.Image import Image
 from lora_nb.errors import ConfigError, NumericsError
 from lora_nb.inference.attach import Scale, fused, scaled
 
+# Pipelines whose second stage takes all pictures of a batch for those of one prompt.
+ONE_BY_ONE = ("WuerstchenCombinedPipeline",)
+
 
 def generate(
     pipeline: Any,
@@ -66,6 +69,7 @@ def _pixels(
         sampling |= {"height": resolution, "width": resolution}
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
+    batch_size = 1 if type(pipeline).__name__ in ONE_BY_ONE else batch_size
     with scaled(pipeline, scale), _decoding_in_the_decoder_dtype(pipeline):
         for start in range(0, len(pairs), batch_size):
             chunk = pairs[start : start + batch_size]
