@@ -8,6 +8,7 @@ step's to rounding. Where capturing does not work, the step stays eager, with on
 
 import contextlib
 import dataclasses
+import functools
 import math
 import traceback
 import warnings
@@ -40,14 +41,15 @@ Run = Callable[[], torch.Tensor]
 def applies(config: TrainConfig, accelerator: Accelerator, gradients: Gradients) -> bool:
     """Whether the steps of this training can be graphs: one process on CUDA, and nothing in them that the host decides.
 
-    Dropout, a text encoder that trains and 8-bit moments all decide something there.
+    Dropout, a text encoder that trains, texts of several lengths and 8-bit moments all decide something there.
     """
-    parts = gradients.learner.weights
+    parts, family = gradients.learner.weights, gradients.learner.family
     return (
         config.cuda_graph
         and accelerator.device.type == "cuda"
         and accelerator.num_processes == 1
         and not any(part.startswith("text_encoder") for part in parts)
+        and not getattr(family, "uneven_texts", False)
         and not (gradients.drops or config.use_8bit_adam)
     )
 
@@ -217,11 +219,17 @@ def _state(optimizer: Any, weight: torch.nn.Parameter) -> dict[str, torch.Tensor
     return state
 
 
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all trainings of the process: libraries keep a workspace of tens of MB for each stream for ever."""
+    return torch.cuda.Stream()
+
+
 class Capture:
     """Turns steps on buffers into graphs; they share their memory, as only one of them runs at a time."""
 
     def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+        self.stream = _side_stream()
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run, hold: torch.Tensor) -> Run:

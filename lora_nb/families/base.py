@@ -114,6 +114,7 @@ class Family(Protocol):
     resolution: the side of the pictures it was trained on. pixel_multiple: what a side must be divisible by.
     tokenizer: of its text encoder; None for a network that sees no text.
     peft_keys, where there and true: files keep peft's names of A and B. bare_keys, likewise: they do not name the part.
+    uneven_texts, likewise: the network takes as many tokens of each caption as it has, which the host must know.
     """
 
     name: str

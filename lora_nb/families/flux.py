@@ -67,12 +67,12 @@ class Flux(StableDiffusion3):
     ) -> torch.Tensor:
         """The transformer's velocity; it reads 2 by 2 latents as one token, and time as t / T in (0, 1]."""
         height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
-        rows, columns = torch.arange(height), torch.arange(width)
+        rows, columns = (torch.arange(side, device=self.device) for side in (height, width))
         grid = torch.cartesian_prod(rows, columns).float()  # (tokens, 2)
         velocity = self.transformer(
             F.pixel_unshuffle(x_t.to(self.dtype), 2).flatten(2).transpose(1, 2),  # (B, tokens, 4 C)
             timestep=t.to(self.device) / self.objective.num_timesteps,
-            img_ids=F.pad(grid, (1, 0)).to(self.device),  # (0, row, column)
+            img_ids=F.pad(grid, (1, 0)),  # (0, row, column)
             **condition,
         ).sample
         return F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, (height, width)), 2)

@@ -17,6 +17,7 @@ class ZImage(StableDiffusion3):
     flow: ClassVar = {"weighting_scheme": "none"}
     t5: ClassVar = ("tokenizer", "text_encoder")
     t5_tokens = 512
+    uneven_texts = True
     targets: ClassVar = {"transformer": ("to_k", "to_q", "to_v", "to_out.0")}
 
     def __init__(self, pipeline: Any, *rest: Any):
