@@ -67,7 +67,8 @@ def _measure_gpu(wanted: Wanted, folder: Path, conditions: dict[str, str], say) 
     """
     from lora_nb.bench import gpu
 
-    file = folder / "gpu.json"
+    name = "gpu_capped" if wanted.gpu_cap else "gpu"
+    file = folder / f"{name}.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
 
     def keep(part: dict) -> None:
@@ -75,7 +76,7 @@ def _measure_gpu(wanted: Wanted, folder: Path, conditions: dict[str, str], say) 
         same_card = all(before.get(key) == part[key] for key in ("gpu", "cap"))
         anew = {_case(row) for row in part["rows"]}
         old = [row for row in before.get("rows", ()) if same_card and _case(row) not in anew]
-        _keep(folder, "gpu", {"conditions": conditions} | part | {"rows": old + part["rows"]})
+        _keep(folder, name, {"conditions": conditions} | part | {"rows": old + part["rows"]})
         _write(wanted, folder)
         say(", ".join(tables.gpu_row(new)))
 

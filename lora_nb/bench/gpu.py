@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_nb import adapters, channels_last, compiling, memory, projections
+from lora_nb import adapters, channels_last, compiling, memory, offload, projections
 from lora_nb.bench import ground
 from lora_nb.bench.plain import Plain
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
@@ -24,7 +24,7 @@ from lora_nb.precision import DTYPES
 
 WARM = 3
 SECONDS, MOST = 2.0, 300  # of timed steps in a row, and how many at most
-PICTURES = 16
+PICTURES = 4  # at least
 GIB = 2**30
 
 
@@ -46,13 +46,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eager": ("ours, eager", {"cuda_graph": False}),
     "contiguous": ("ours, not channels_last", {"channels_last": False}),
     "checkpointing": ("ours, checkpointing", {"gradient_checkpointing": True}),
+    "offload": (
+        "ours, checkpointing, offload",
+        {"gradient_checkpointing": True, "offload": True},
+    ),
     "int8": (
-        "ours, checkpointing, int8",
-        {"gradient_checkpointing": True, "base_model_precision": "int8"},
+        "ours, checkpointing, offload, int8",
+        {"gradient_checkpointing": True, "offload": True, "base_model_precision": "int8"},
     ),
     "nf4": (
-        "ours, checkpointing, nf4",
-        {"gradient_checkpointing": True, "base_model_precision": "nf4"},
+        "ours, checkpointing, offload, nf4",
+        {"gradient_checkpointing": True, "offload": True, "base_model_precision": "nf4"},
     ),
 }
 
@@ -161,6 +165,7 @@ class Models:
         family = self.made[1]
         adapters.remove(family)
         projections.ungroup(family)
+        offload.undo(family)
         compiling.restore_blocks(family)
         network(family).disable_gradient_checkpointing()
         channels_last.undo(network(family))
@@ -233,8 +238,9 @@ def _ours(case: Case, family: Family, models: Models, changes: dict[str, Any]) -
     from lora_nb.trainer import train
 
     folder, side = models.folder, SHAPES[case.shape].resolution
-    ground.lay_pictures(folder, PICTURES, side)
-    spec = DataSpec(str(folder / f"pictures-{PICTURES}-{side}"), resolution=side, center_crop=True)
+    pictures = max(PICTURES, case.batch)
+    ground.lay_pictures(folder, pictures, side)
+    spec = DataSpec(str(folder / f"pictures-{pictures}-{side}"), resolution=side, center_crop=True)
     config = TrainConfig(
         pretrained_model_name_or_path=str(folder),
         lora={adapters.MAIN: LoraSpec(rank=8)},
@@ -248,8 +254,9 @@ def _ours(case: Case, family: Family, models: Models, changes: dict[str, Any]) -
         lr_scheduler="constant",
     ).replace(**changes)
     training = train(config, family)
-    for position in range(PICTURES):  # an epoch
-        training.cache.batch([position])
+    alone = training.offload.encoding() if training.offload else contextlib.nullcontext()
+    with alone:
+        list(training.cache.encode(range(pictures)))  # an epoch
     memory.release()
     steps = iter(training)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_nb.bench import ground, machine
-from lora_nb.bench.processes import DROPPED, BenchError, Result, Runner
+from lora_nb.bench.processes import DROPPED, BenchError, Result, Runner, Running
 from lora_nb.bench.switches import SWITCHES
 from lora_nb.families.shapes import SHAPES
 
@@ -64,10 +64,16 @@ class Bench:
         self, kind: str, steps: int, batch: int = 4, precision: str = "no", **job: Any
     ) -> Result:
         """Our side of a kind of job, in a folder that is emptied first."""
-        argv = [*self.flags(f"ours-{kind}", steps, batch, precision), "--overwrite"]
+        return self.begin(f"ours-{kind}", kind, steps, batch, precision, **job).wait()
+
+    def begin(
+        self, folder: str, kind: str, steps: int, batch: int, precision: str = "no", **job: Any
+    ) -> Running:
+        """The same in the named folder, started and not waited for."""
+        argv = [*self.flags(folder, steps, batch, precision), "--overwrite"]
         argv += job.pop("extra", ())
         environment = job.pop("environment", {})
-        return self.runner.run({"kind": kind, "argv": argv} | job, **environment)
+        return self.runner.start({"kind": kind, "argv": argv} | job, **environment)
 
     def fresh(self) -> dict[str, str]:
         """The environment of a job that finds nothing encoded."""
@@ -254,17 +260,32 @@ def scaling(bench: Bench) -> dict[str, Any]:
 
 
 def _two_processes(bench: Bench) -> dict[str, Any]:
-    """Wall seconds of a step with one process, and with two that share its pictures; a thread each, in turns."""
+    """Wall seconds of a step with one process, and with two that share its pictures; a thread each, in turns.
+
+    apart: what two trainings that know nothing of each other get done together, over what one alone does.
+    """
     steps = bench.steps + DROPPED
-    pairs = [
+    rounds = [
         (
             bench.ours("steady", steps, 8).per_step(0),
             bench.ours("launch", steps, 4).found["seconds"],
+            bench.ours("steady", steps, 4).per_step(0),
+            _apart(bench, steps),
         )
         for _ in range(bench.rounds)
     ]
-    alone, both = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"one": alone, "two": both, "ratios": [a / b for a, b in pairs]}
+    return {
+        "one": statistics.median(one for one, *_ in rounds),
+        "two": statistics.median(two for _, two, *_ in rounds),
+        "ratios": [one / two for one, two, *_ in rounds],
+        "apart": [2 * alone / beside for *_, alone, beside in rounds],
+    }
+
+
+def _apart(bench: Bench, steps: int) -> float:
+    """Wall seconds of a step of batch 4 in two trainings at once, the mean of both."""
+    both = [bench.begin(f"ours-apart-{i}", "steady", steps, 4) for i in range(2)]
+    return statistics.mean(running.wait().per_step(0) for running in both)
 
 
 def _neighbour(bench: Bench) -> list[dict[str, Any]]:

@@ -171,7 +171,9 @@ def _scaling(part: Part) -> str:
         "## Growth\n\nA step of batch 4, by the number of pictures in the index (the same 200 over and over).\n\n"
         + _table(("pictures", "a step, CPU"), sizes)
         + f"\nEight pictures a step: one process {two['one']:.3f} s, two processes of one thread each "
-        f"{two['two']:.3f} s (wall), a ratio of {spread(two['ratios'])}.\n\n"
+        f"{two['two']:.3f} s (wall), a ratio of {spread(two['ratios'])}. Two trainings of batch 4 that know nothing of "
+        f"each other get {spread(two['apart'])} times the work of one done, all that two processes can get out of "
+        "these cores.\n\n"
         "## A busy neighbour\n\nA step of batch 4 beside a process that keeps a core busy, wall seconds. With more "
         "than one thread the fast ones wait for the one that shares its core.\n\n"
         + _table(("threads", "GOMP_SPINCOUNT", "alone", "beside", "times as long"), beside)
@@ -198,15 +200,17 @@ def _gpu(part: Part) -> str:
     names = (
         "shape", "batch", "precision", "loop", "samples/s", "ratio", "peak allocated", "reserved", "of floor", "note",
     )  # fmt: skip
+    title = f"## GPU: {part['gpu']}" + (", as a smaller card" if part["cap"] else "")
     return (
-        f"## GPU: {part['gpu']}\n\nMeasured by `python -m lora_nb bench --gpu` on a machine with this card, "
-        f"{part['conditions']['on']}. "
+        f"{title}\n\nMeasured by `python -m lora_nb bench --gpu` on a machine with this card, "
+        f"{part['conditions']['on']}. {part['cap']} "
         "Random weights, LoRA of rank 8. The eager loop is peft under autocast; like the "
         "reference script it encodes the pictures with the VAE, and the captions, in every step. Ours, in the same "
         "process, has latents and text states cached, as they are after the first epoch; `eager` launches kernel by "
-        "kernel what is otherwise one CUDA graph. Ratios are to the eager loop at the same batch, above 1 ours is "
-        "faster. The floor is the arithmetic of a UNet step at the measured "
-        f"{part['peak']:.0f} TFLOP/s of an 8192 product. {part['cap']}\n\n"
+        "kernel what is otherwise one CUDA graph, `compiled` has compiled blocks and group norms in it, and with "
+        "`offload` text encoders and autoencoder are not on the GPU. Ratios are to the eager loop at the same batch, "
+        "above 1 ours is faster. The floor is the arithmetic of a UNet step at the measured "
+        f"{part['peak']:.0f} TFLOP/s of an 8192 product.\n\n"
         + _table(names, [gpu_row(row) for row in part["rows"]])
     )
 
@@ -282,6 +286,7 @@ SECTIONS = {
     "scaling": _scaling,
     "forecast": _forecast,
     "gpu": _gpu,
+    "gpu_capped": _gpu,
 }
 
 
