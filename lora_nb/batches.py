@@ -51,6 +51,17 @@ class Batches:
         caches = (self.cache, self.class_cache)
         return "+".join(cache.pictures.fingerprint for cache in caches if cache is not None)
 
+    def encode(self, steps: range) -> Iterator[int]:
+        """Encode all that this process sees in steps `done + 1` before the first of them; yields after each sample."""
+        yield from self.cache.encode(self._shown(steps))
+        if self.class_cache is not None:
+            yield from self.class_cache.encode(CLASS_POSITIONS + p for p in self._shown(steps))
+
+    def _shown(self, steps: range) -> Iterator[int]:
+        for done in steps:
+            for micro in range(self.config.gradient_accumulation_steps):
+                yield from self.positions(done, micro)
+
     def of(self, done: int, micro: int, size: int) -> Iterator[tuple[float, Batch]]:
         """A micro-step of step done + 1, at most `size` pictures at a time: (their share of it, their batch)."""
         for positions in self._pieces(self.positions(done, micro), size):

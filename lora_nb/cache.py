@@ -3,7 +3,7 @@
 The moments are kept, not a drawn latent, so the posterior stays random and a cached run equals an uncached one.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -51,6 +51,29 @@ class Cache:
     def batch(self, positions: list[int]) -> Batch:
         """The batch of these sample positions, a pure function of (seed, positions)."""
         return self.rows([self.row_at(p) for p in positions], positions)
+
+    def encode(self, positions: Iterable[int]) -> Iterator[int]:
+        """Encode what these positions show before it is asked for, and yield each that was something new.
+
+        It ends once everything has been seen that there is to see.
+        """
+        seen: set[Hashable] = set()
+        captions = {caption for row in self.pictures.rows for caption in row.captions}
+        views = sum(data.views(self.spec, row) for row in self.pictures.rows)
+        total = views + len(captions) + bool(self.spec.caption_dropout)
+        for position in positions:
+            if len(seen) == total:
+                return
+            row = self.row_at(position)
+            shape, caption = (
+                self.pictures.rows[row],
+                self.pictures.caption(row, position, self.seed),
+            )
+            look = data.transform_key(self.spec, shape, position, self.seed)
+            if not {(row, look), caption} <= seen:
+                seen |= {(row, look), caption}
+                self.rows([row], [position])
+                yield position
 
     def row_at(self, position: int) -> int:
         """The picture that a sample position shows."""

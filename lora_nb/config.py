@@ -179,6 +179,11 @@ class TrainConfig:
         "on a CUDA GPU, keep the network's convolutions in the layout its fastest kernels read; the result is the same "
         "to rounding",
     )
+    offload: bool = _setting(
+        False,
+        "encode everything first, and keep text encoders and autoencoder out of the GPU's memory while training; the "
+        "result is the same",
+    )
     dataloader_num_workers: int = _setting(
         0, "accepted for compatibility; batches are made in the training process"
     )

@@ -10,6 +10,7 @@ from lora_nb.data import Pictures
 from lora_nb.errors import NumericsError
 from lora_nb.health import Health
 from lora_nb.learner import Learner
+from lora_nb.offload import Offload
 from lora_nb.probe import Probe, ProbeResult
 from lora_nb.run_folder import History
 
@@ -26,13 +27,15 @@ class Monitor:
         self.last_probe: ProbeResult | None = None
         self.health = health.Watch(learner.family, learner.untrained)
 
-    def start(self, done: int, held_out: Pictures | None, cache: Cache) -> None:
+    def start(
+        self, done: int, held_out: Pictures | None, cache: Cache, offload: Offload | None
+    ) -> None:
         """Measure the base model on the held-out pictures, once; captions are kept as `cache` keeps them."""
         if self.probe is not None or held_out is None:
             return
         size, batch = self.config.probe_size, self.config.train_batch_size
         self.probe = Probe(
-            self.learner.family, held_out, size, batch, cache.keep_captions, cache.disk
+            self.learner.family, held_out, size, batch, cache.keep_captions, cache.disk, offload
         )
         if done == 0:
             self._record(self.probe.untrained())

@@ -16,6 +16,7 @@ from lora_nb.disk_cache import DiskCache
 from lora_nb.errors import ConfigError
 from lora_nb.families import Family
 from lora_nb.loss import diffusion_loss
+from lora_nb.offload import Offload
 
 Draw = tuple[int, float, float]  # timestep, loss with the adapter, loss of the base
 
@@ -50,10 +51,15 @@ class Probe:
         batch_size: int,
         captions: bool,
         disk: DiskCache | None = None,
+        offload: Offload | None = None,
     ):
         self.family, self.batch_size = family, batch_size
         self.n = min(size, len(pictures))
         self.cache = Cache(family, pictures, pictures.spec, SEED, captions=captions, disk=disk)
+        if offload is not None:
+            with offload.encoding():
+                for row in range(self.n):
+                    self.cache.rows([row], [row])
         with adapters.disabled(family):
             self.base, self.timesteps = self._losses()
 

@@ -23,6 +23,7 @@ from lora_nb import (
     env,
     formats,
     graphed,
+    offload,
     precision,
     processes,
     run_folder,
@@ -130,9 +131,15 @@ class Training:
         """Base model, adapters and optimizer, fresh or from a checkpoint; then the run's folder."""
         self.config, resume = processes.main_decides(self.accelerator, lambda: _begun(config))
         config, accelerator, history = self.config, self.accelerator, self.history
+        device = accelerator.device
         self.family = family or family_of(
-            config, precision.DTYPES[accelerator.mixed_precision], accelerator.device
+            config,
+            precision.DTYPES[accelerator.mixed_precision],
+            "cpu" if config.offload else device,  # from where its network alone goes on
         )
+        self.offload = offload.Offload(self.family, device) if config.offload else None
+        if self.offload is None:
+            offload.undo(self.family)
         epochs = config.num_train_epochs * self.steps_per_epoch
         self.max_train_steps = config.max_train_steps or epochs
         self.learner = Learner(
@@ -145,6 +152,8 @@ class Training:
             config, accelerator, self.learner, self.pictures, self.class_pictures
         )
         self.cache, self.class_cache = self.batches.cache, self.batches.class_cache
+        if self.offload is not None:
+            offload.check(self.family, self.learner.lora, self.cache.encoded_each_time)
         self.gradients = Gradients(config, accelerator, self.learner, self.batches, history)
         self.graphed = (
             GraphedStep(config, self.learner, self.batches, self.gradients)
@@ -212,8 +221,10 @@ class Training:
         with stopping.signals(lambda: self.interrupted, self._ask):
             try:
                 trackers.start(self.accelerator, self.config)
+                if self.offload is not None:
+                    self._encode_first()
                 if self.accelerator.is_main_process:
-                    self.monitor.start(self.done, self.held_out, self.cache)
+                    self.monitor.start(self.done, self.held_out, self.cache, self.offload)
                 while self.done < self.max_train_steps and not self._asked_to_stop():
                     self.rates.take_wanted(self.done)
                     step = self._step(self.done)
@@ -229,9 +240,18 @@ class Training:
             finally:
                 self._close()
 
+    def _encode_first(self) -> None:
+        """Encode all that the steps will need; or less, if asked to stop."""
+        with self.offload.encoding():
+            for _ in self.batches.encode(range(self.done, self.max_train_steps)):
+                if self.interrupted:
+                    break
+
     def _step(self, done: int) -> Step:
         """Gradients of all micro-steps, then one clipped optimizer step; by a graph where there is one."""
         started = time.perf_counter()
+        if self.offload is not None:
+            self.offload.send_away()
         if self.graphed is not None and self.graphed.ready(done):
             losses, grad_norms = self._replay(done)
         else:

@@ -25,6 +25,7 @@ FLOORS = (
     (
         "class_pictures",
         "memory",
+        "offload",
         "precision",
         "lock",
         "checkpoint",

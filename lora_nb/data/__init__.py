@@ -18,6 +18,7 @@ from lora_nb.data.transforms import (
     to_image,
     transform_key,
     transform_setting,
+    views,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "to_image",
     "transform_key",
     "transform_setting",
+    "views",
 ]

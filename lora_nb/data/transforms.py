@@ -59,6 +59,13 @@ def few_crops(spec: DataSpec, row: Sized) -> bool:
     return spec.center_crop or spec.random_crops is not None or resized(row, size) == size
 
 
+def views(spec: DataSpec, row: Sized) -> int:
+    """In how many ways a picture is seen at most, if `few_crops`: places of the crop, mirrored or not."""
+    size = size_of(spec, row)
+    one = spec.center_crop or resized(row, size) == size
+    return (2 if spec.random_flip else 1) * (1 if one else spec.random_crops)
+
+
 def geometry(
     spec: DataSpec, row: Sized, position: int, seed: int
 ) -> tuple[int, int, int, int, int, int]:

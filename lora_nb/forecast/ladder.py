@@ -74,11 +74,18 @@ class _Climb:
 
 
 def ladder(
-    config: TrainConfig, measured: Measured, base: int, elsewhere: int, total: int, family: Any
+    config: TrainConfig,
+    measured: Measured,
+    base: int,
+    elsewhere: int,
+    total: int,
+    family: Any,
+    can_wait: int = 0,
 ) -> list[Rung]:
     """The rungs for this config from top to bottom, without those that it has already or that are not for its device.
 
     base: bytes in use once the model is loaded. elsewhere: the peak of everything but the steps. total: what there is.
+    can_wait: bytes of what need not be on the GPU in a step.
     """
     batch, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     line = Line(measured.alone, measured.whole, base)
@@ -95,6 +102,13 @@ def ladder(
         climb.sooner = accumulation * batch * measured.picture
         climb.add(
             "cached latents", "the same result, each picture encoded once", cache_latents=True
+        )
+    if on_gpu and can_wait:
+        climb.less += can_wait
+        climb.add(
+            "encoders elsewhere",
+            "the same result, everything is encoded before the first step",
+            offload=True,
         )
     if on_gpu and family.dtype == torch.float32:
         climb.less += weights // 2

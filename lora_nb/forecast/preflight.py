@@ -4,9 +4,10 @@ import dataclasses
 import math
 import tempfile
 
-from lora_nb import adapters, data, env
+from lora_nb import adapters, data, env, offload
 from lora_nb.cache import Cache
 from lora_nb.config import TrainConfig
+from lora_nb.errors import ConfigError
 from lora_nb.families import Family
 from lora_nb.forecast import meter
 from lora_nb.forecast.ladder import CHECKPOINTING, RECOMPUTED, Line, ladder
@@ -84,8 +85,20 @@ def _forecast(trial: Trial) -> Forecast:
         highest=highest,
         device=str(trial.device),
         session_hours=env.session_hours(),
-        ladder=ladder(config, measured, base, others, total, training.family),
+        ladder=ladder(config, measured, base, others, total, training.family, _can_wait(training)),
     )
+
+
+def _can_wait(training: Training) -> int:
+    """Bytes of what `offload` would keep out of the GPU's memory; 0 where it does so already, or cannot."""
+    try:
+        offload.check(training.family, training.learner.lora, training.cache.encoded_each_time)
+    except ConfigError:
+        return 0
+    if training.offload is not None:
+        return 0
+    parts = [p for module in offload.waiting(training.family) for p in module.parameters()]
+    return sum(p.numel() * p.element_size() for p in parts)
 
 
 def _caching(training: Training, measured: Measured) -> float:
@@ -109,9 +122,8 @@ def _views(cache: Cache, seen: float) -> float:
     if not cache.keep_latents:
         return 0.0
     spec, rows = cache.spec, cache.pictures.rows
-    kept = sum(data.few_crops(spec, row) for row in rows)
-    kinds = (2 if spec.random_flip else 1) * (1 if spec.center_crop else spec.random_crops or 1)
-    return kept * min(seen, kinds * (1 - (1 - 1 / kinds) ** seen))
+    kinds = [data.views(spec, row) for row in rows if data.few_crops(spec, row)]
+    return sum(min(seen, n * (1 - (1 - 1 / n) ** seen)) for n in kinds)
 
 
 def _on_disk(cache: Cache, samples: int) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """The trial behind a forecast: the run's own training, made in a scratch folder, with every part of it timed once."""
 
+import contextlib
 import statistics
 import time
 import warnings
@@ -87,6 +88,7 @@ class Trial:
         pieces = -(-training.config.train_batch_size // training.gradients.micro_batch)
         pieces *= training.config.gradient_accumulation_steps
         samples = training.config.train_batch_size * training.config.gradient_accumulation_steps
+        encoded = 0 if training.offload else samples  # in the first step
         self.peaks["training"] = peak
         return Measured(
             loading=self.loading,
@@ -96,7 +98,7 @@ class Trial:
             whole=Micro(training.gradients.micro_batch, step / pieces, peak),
             checkpointed=self._checkpointed(training.gradients.micro_batch),
             step=step,
-            warming=max(0.0, first - step - samples * (picture + caption)),
+            warming=max(0.0, first - step - encoded * (picture + caption)),
             set_of_samples=self._samples(),
             probing=self._probe(),
             saving=_seconds(training._save),
@@ -113,16 +115,19 @@ class Trial:
             family, training.pictures, training.pictures.spec, training.config.seed, latents=False
         )
         positions = training.batches.positions(0, 0)[:4]
-        with meter.watch(self.device) as peak:
+        said = [training.pictures.caption(0, p, 0) for p in positions]
+        each = [0.0]
+        alone = training.offload.encoding() if training.offload else contextlib.nullcontext()
+        with alone, meter.watch(self.device) as peak:
             cache.batch(positions)  # warms up, and remembers the captions
             pictures = _seconds(lambda: cache.batch(positions)) / len(positions)
+            if training.cache.keep_captions:
+                with torch.no_grad():
+                    each = [_seconds(lambda c=c: family.text_states([c])) for c in said]
+            if training.offload:
+                list(training.batches.encode(range(1)))
         self.peaks["encoding"] = peak.bytes
-        if not training.cache.keep_captions:
-            return pictures, 0.0
-        captions = [training.pictures.caption(0, p, 0) for p in positions]
-        with torch.no_grad():
-            alone = [_seconds(lambda c=c: family.text_states([c])) for c in captions]
-        return pictures, min(alone)
+        return pictures, min(each)
 
     # steps
 
@@ -219,8 +224,9 @@ class Trial:
             return 0.0, 0.0
         size = min(max(1, config.train_batch_size // DRAWS), len(training.held_out))
         arguments = training.family, training.held_out, size, config.train_batch_size
-        captions, made = training.cache.keep_captions, []
-        first = _seconds(lambda: made.append(Probe(*arguments, captions)))
+        arguments += training.cache.keep_captions, None, training.offload
+        made: list[Probe] = []
+        first = _seconds(lambda: made.append(Probe(*arguments)))
         later = _seconds(lambda: made[0].measure(1))
         times = min(config.probe_size, len(training.held_out)) / size
         return times * first, times * later
