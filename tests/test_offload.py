@@ -9,7 +9,11 @@ from lora_nb import adapters, offload
 from lora_nb.config import LoraSpec
 from lora_nb.errors import ConfigError
 from lora_nb.families import REGISTRY, load_family, network, tiny
+from lora_nb.families.quantized import KINDS
 from lora_nb.forecast import preflight
+from lora_nb.forecast.ladder import ladder
+from lora_nb.forecast.preflight import _can_wait
+from lora_nb.forecast.trial import Measured, Micro
 from lora_nb.inference import with_samples
 from lora_nb.trainer import train
 
@@ -145,6 +149,33 @@ def test_a_forecast_knows_it(offloaded):
     found = preflight(offloaded.replace(probe_size=2, **VALIDATION))
     assert found.seconds > 0
     assert "encoders elsewhere" not in [rung.name for rung in found.ladder]
+
+
+def test_the_ladder_names_it_where_it_would_help(config, tiny_sd):
+    """On a GPU, with the bytes of all but the network."""
+    training = train(config)
+    others = sum(
+        p.numel() * p.element_size()
+        for module in (training.family.vae, training.family.text_encoder)
+        for p in module.parameters()
+    )
+    assert _can_wait(training) == others
+    both = {"unet": LoraSpec(rank=2), "text_encoder": LoraSpec(rank=2)}
+    assert _can_wait(train(config.replace(lora=both, overwrite=True))) == 0
+    one = Micro(1, 0.1, 1000)
+    measured = Measured(
+        0, 0, 0, one, Micro(1, 0.1, 1000), [], 0.1, 0, 0, (0, 0), 0, {}, dict.fromkeys(KINDS, 0)
+    )
+    family = load_family("sd", str(tiny_sd), dtype=torch.bfloat16)
+    rungs = {}
+    for place in ("cpu", "cuda"):
+        family.device = torch.device(place)
+        asked = config.replace(train_batch_size=1, use_8bit_adam=True)
+        found = ladder(asked, measured, 500, 0, 10**9, family, can_wait=300)
+        rungs[place] = {rung.name: rung for rung in found}
+    assert "encoders elsewhere" not in rungs["cpu"]
+    rung = rungs["cuda"]["encoders elsewhere"]
+    assert (rung.memory, rung.changes) == (700, {"offload": True})
 
 
 # on a GPU

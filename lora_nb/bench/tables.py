@@ -211,8 +211,23 @@ def _gpu(part: Part) -> str:
         "`offload` text encoders and autoencoder are not on the GPU. Ratios are to the eager loop at the same batch, "
         "above 1 ours is faster. The floor is the arithmetic of a UNet step at the measured "
         f"{part['peak']:.0f} TFLOP/s of an 8192 product.\n\n"
-        + _table(names, [gpu_row(row) for row in part["rows"]])
+        + _table(names, [gpu_row(row) for row in compared(part["rows"])])
     )
+
+
+def compared(rows: Sequence[Part]) -> list[Part]:
+    """The rows of each shape and batch together, the eager loop's first, and ratios to it if it ran apart."""
+    eager = {_case(row): row["rate"] for row in rows if not row["variant"].startswith("ours")}
+    found = []
+    for row in rows:
+        there = eager.get(_case(row)) if row["variant"].startswith("ours") else None
+        ratio = {"ratio": row["rate"] / there} if there and row["rate"] else {}
+        found.append(ratio | row)
+    return sorted(found, key=lambda row: (*_case(row), row["variant"].startswith("ours")))
+
+
+def _case(row: Part) -> tuple[str, int, str]:
+    return row["shape"], row["batch"], row["precision"]
 
 
 def gpu_row(row: Part) -> tuple[str, ...]:

@@ -208,6 +208,26 @@ def test_the_whole_command_in_processes(small, tmp_path):
     print(text)
 
 
+def test_gpu_rows_that_were_measured_apart_are_put_together_and_compared():
+    def row(batch, variant, rate, **more):
+        return {
+            "shape": "SDXL",
+            "batch": batch,
+            "precision": "bf16",
+            "variant": variant,
+            "rate": rate,
+        } | more
+
+    rows = [
+        row(4, "ours", 6.0, ratio=2.5), row(1, "ours, nf4", 3.0), row(4, "eager", 2.0), row(1, "eager", 2.0),
+        row(1, "ours", 0.0),
+    ]  # fmt: skip
+    found = [(r["batch"], r["variant"], r.get("ratio")) for r in tables.compared(rows)]
+    assert found == [
+        (1, "eager", None), (1, "ours, nf4", 1.5), (1, "ours", None), (4, "eager", None), (4, "ours", 2.5),
+    ]  # fmt: skip
+
+
 def test_every_part_has_a_table_and_every_job_a_kind():
     assert set(parts.PARTS) | {"gpu", "gpu_capped"} == set(tables.SECTIONS)
     assert set(worker.KINDS) >= {"script", "plain", "command", "steady", "replay"}
