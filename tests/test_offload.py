@@ -144,11 +144,11 @@ def test_hooks_are_gone_in_the_next_training(config, offloaded):
     assert not any(hasattr(module, "_hf_hook") for module in first.offload.waiting)
 
 
-def test_a_forecast_knows_it(offloaded):
-    """It encodes the pictures of its own steps alone, and finds its memory without the ladder's rung."""
-    found = preflight(offloaded.replace(probe_size=2, **VALIDATION))
+def test_a_forecast_knows_it_and_gives_the_base_back_whole(offloaded, tiny_sd):
+    family = load_family("sd", str(tiny_sd))
+    found = preflight(offloaded.replace(probe_size=2, **VALIDATION), family)
     assert found.seconds > 0
-    assert "encoders elsewhere" not in [rung.name for rung in found.ladder]
+    assert not any(hasattr(module, "_hf_hook") for module in offload.waiting(family))
 
 
 def test_the_ladder_names_it_where_it_would_help(config, tiny_sd):

@@ -22,10 +22,10 @@ SAMPLE = 100  # samples that are looked up on disk
 def preflight(config: TrainConfig, family: Family | None = None) -> Forecast:
     """What the run of this config will cost, from its first step made a few times; the run's folder is not touched.
 
-    family: the base model of this config, loaded already; it is given back without adapters, and its loading is then
-    not in the forecast. The forecast is of the whole run from its first step, in this process and on this machine as
-    busy as they are now. Raises the errors that `train` would raise, and TooLittleMemory if no
-    picture fits even with gradient checkpointing.
+    family: the base model of this config, loaded already; it is given back whole and without adapters, and its loading
+    is then not in the forecast. The forecast is of the whole run from its first step, in this process and on this
+    machine as busy as they are now. Raises the errors that `train` would raise, and TooLittleMemory if no picture fits
+    even with gradient checkpointing.
     """
     try:
         return _tried(config, family)
@@ -57,6 +57,8 @@ def _tried(config: TrainConfig, family: Family | None) -> Forecast:
         finally:
             adapters.remove(trial.training.family)
             recompute(trial.training.family, False)
+            if family is not None:
+                offload.undo(family)
             trial.training.lock.release()
 
 
