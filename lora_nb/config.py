@@ -167,8 +167,8 @@ class TrainConfig:
     )
     torch_compile: bool = _setting(
         False,
-        "compile the network's repeated blocks in the first step (needs a C++ compiler); the result is the same to "
-        "rounding",
+        "compile the network's repeated blocks, on a GPU its group norms too, in the first step (a minute or two, by a "
+        "C++ compiler); the result is the same to rounding",
     )
     cuda_graph: bool = _setting(
         True,

@@ -44,7 +44,7 @@ def check(family: Family, parts: Iterable[str], encoded_each_time: int) -> None:
     if encoded_each_time:
         raise ConfigError(
             f"offload keeps the autoencoder out of the GPU's memory, but {encoded_each_time} pictures are encoded anew "
-            "whenever they are seen; set center_crop, random_crops or bucket_step, and cache_latents."
+            "whenever they are seen; set center_crop or random_crops, and cache_latents."
         )
 
 
