@@ -28,7 +28,11 @@ class Monitor:
         self.health = health.Watch(learner.family, learner.untrained)
 
     def start(
-        self, done: int, held_out: Pictures | None, cache: Cache, offload: Offload | None
+        self,
+        done: int,
+        held_out: Pictures | None,
+        cache: Cache,
+        offload: Offload | None = None,
     ) -> None:
         """Measure the base model on the held-out pictures, once; captions are kept as `cache` keeps them."""
         if self.probe is not None or held_out is None:
