@@ -65,11 +65,8 @@ class Cache:
             if len(seen) == total:
                 return
             row = self.row_at(position)
-            shape, caption = (
-                self.pictures.rows[row],
-                self.pictures.caption(row, position, self.seed),
-            )
-            look = data.transform_key(self.spec, shape, position, self.seed)
+            caption = self.pictures.caption(row, position, self.seed)
+            look = data.transform_key(self.spec, self.pictures.rows[row], position, self.seed)
             if not {(row, look), caption} <= seen:
                 seen |= {(row, look), caption}
                 self.rows([row], [position])

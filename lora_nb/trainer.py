@@ -4,6 +4,7 @@ It owns nothing visual; plots, samples and boards consume the records. accelerat
 Stopping at any time leaves a complete checkpoint, and the same call goes on from it, bit for bit on CPU in float32.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -240,9 +241,13 @@ class Training:
             finally:
                 self._close()
 
+    def encoding(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, much is encoded at once; with `offload` the network makes room for it."""
+        return self.offload.encoding() if self.offload else contextlib.nullcontext()
+
     def _encode_first(self) -> None:
         """Encode all that the steps will need; or less, if asked to stop."""
-        with self.offload.encoding():
+        with self.encoding():
             for _ in self.batches.encode(range(self.done, self.max_train_steps)):
                 if self.interrupted:
                     break

@@ -29,7 +29,7 @@ def offloaded(config):
 
 
 def calls(training, monkeypatch):
-    """Counts what is encoded, by what was going on then."""
+    """How often a training's family encodes pictures and captions, counted from now on."""
     counts = {"pictures": 0, "captions": 0}
     family = training.family
     for name, what in (("moments", "pictures"), ("text_states", "captions")):

@@ -74,17 +74,17 @@ def _measure_gpu(wanted: Wanted, folder: Path, conditions: dict[str, str], say) 
     def keep(part: dict) -> None:
         new = part["rows"][-1]
         same_card = all(before.get(key) == part[key] for key in ("gpu", "cap"))
-        anew = {_case(row) for row in part["rows"]}
-        old = [row for row in before.get("rows", ()) if same_card and _case(row) not in anew]
+        anew = {(tables.case(row), row["variant"]) for row in part["rows"]}
+        old = [
+            row
+            for row in before.get("rows", ())
+            if same_card and (tables.case(row), row["variant"]) not in anew
+        ]
         _keep(folder, name, {"conditions": conditions} | part | {"rows": old + part["rows"]})
         _write(wanted, folder)
         say(", ".join(tables.gpu_row(new)))
 
     gpu.measure(folder, wanted.gpu_cap, wanted.gpu_cases, wanted.gpu_loops, keep)
-
-
-def _case(row: dict) -> tuple:
-    return tuple(row[key] for key in ("shape", "batch", "precision", "variant"))
 
 
 def _script(wanted: Wanted) -> Path | None:

@@ -254,8 +254,7 @@ def _ours(case: Case, family: Family, models: Models, changes: dict[str, Any]) -
         lr_scheduler="constant",
     ).replace(**changes)
     training = train(config, family)
-    alone = training.offload.encoding() if training.offload else contextlib.nullcontext()
-    with alone:
+    with training.encoding():
         list(training.cache.encode(range(pictures)))  # an epoch
     memory.release()
     steps = iter(training)

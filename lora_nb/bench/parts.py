@@ -20,12 +20,8 @@ from lora_nb.families.shapes import SHAPES
 TFLOP = 0.0035  # of a picture, UNet forward and LoRA backward
 EPOCHS = (1, 3, 10)
 GATES = {"no": 1e-6, "bf16": 2e-3}  # largest difference of losses
-WAITING = (
-    (1, "3000"),
-    (2, "3000"),
-    (2, "1500"),
-    (2, "0"),
-)  # threads, and how long one waits awake for another
+# Threads, and how long one waits awake for another.
+WAITING = ((1, "3000"), (2, "3000"), (2, "1500"), (2, "0"))
 PICTURE = ("--validation_prompt", "a red thing", "--num_validation_images", "4")
 
 

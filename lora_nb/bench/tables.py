@@ -217,16 +217,17 @@ def _gpu(part: Part) -> str:
 
 def compared(rows: Sequence[Part]) -> list[Part]:
     """The rows of each shape and batch together, the eager loop's first, and ratios to it if it ran apart."""
-    eager = {_case(row): row["rate"] for row in rows if not row["variant"].startswith("ours")}
+    eager = {case(row): row["rate"] for row in rows if not row["variant"].startswith("ours")}
     found = []
     for row in rows:
-        there = eager.get(_case(row)) if row["variant"].startswith("ours") else None
+        there = eager.get(case(row)) if row["variant"].startswith("ours") else None
         ratio = {"ratio": row["rate"] / there} if there and row["rate"] else {}
         found.append(ratio | row)
-    return sorted(found, key=lambda row: (*_case(row), row["variant"].startswith("ours")))
+    return sorted(found, key=lambda row: (*case(row), row["variant"].startswith("ours")))
 
 
-def _case(row: Part) -> tuple[str, int, str]:
+def case(row: Part) -> tuple[str, int, str]:
+    """What a row of the GPU's table is of, whatever the loop."""
     return row["shape"], row["batch"], row["precision"]
 
 

@@ -55,15 +55,18 @@ def transform_setting(spec: DataSpec, row: Sized) -> tuple[int, int, str]:
 
 def few_crops(spec: DataSpec, row: Sized) -> bool:
     """Whether a picture is cropped in so few places that each can be remembered."""
+    return _one_place(spec, row) or spec.random_crops is not None
+
+
+def _one_place(spec: DataSpec, row: Sized) -> bool:
     size = size_of(spec, row)
-    return spec.center_crop or spec.random_crops is not None or resized(row, size) == size
+    return spec.center_crop or resized(row, size) == size
 
 
 def views(spec: DataSpec, row: Sized) -> int:
     """In how many ways a picture is seen at most, if `few_crops`: places of the crop, mirrored or not."""
-    size = size_of(spec, row)
-    one = spec.center_crop or resized(row, size) == size
-    return (2 if spec.random_flip else 1) * (1 if one else spec.random_crops)
+    places = 1 if _one_place(spec, row) else spec.random_crops
+    return (2 if spec.random_flip else 1) * places
 
 
 def geometry(

@@ -1,6 +1,5 @@
 """The trial behind a forecast: the run's own training, made in a scratch folder, with every part of it timed once."""
 
-import contextlib
 import statistics
 import time
 import warnings
@@ -117,8 +116,7 @@ class Trial:
         positions = training.batches.positions(0, 0)[:4]
         said = [training.pictures.caption(0, p, 0) for p in positions]
         each = [0.0]
-        alone = training.offload.encoding() if training.offload else contextlib.nullcontext()
-        with alone, meter.watch(self.device) as peak:
+        with training.encoding(), meter.watch(self.device) as peak:
             cache.batch(positions)  # warms up, and remembers the captions
             pictures = _seconds(lambda: cache.batch(positions)) / len(positions)
             if training.cache.keep_captions:
