@@ -5,7 +5,15 @@ import math
 import torch
 from accelerate import Accelerator
 
-from lora_nb import adapters, channels_last, compiling, formats, optimization, projections
+from lora_nb import (
+    adapters,
+    channels_last,
+    compiling,
+    formats,
+    optimization,
+    packing,
+    projections,
+)
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError, NumericsError
 from lora_nb.families import Family, network
@@ -79,14 +87,21 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
     if config.output_kohya_format:
         formats.kohya.layout_of(family)  # refuses now what could not be written at the end
     lora = adapters.named(family, config.lora)
-    if family.device.type == "cuda":  # on a CPU the other kernels lose what convolutions gain
-        (channels_last.keep if config.channels_last else channels_last.undo)(network(family))
     adapters.add(family, lora, seed=config.seed)
     (projections.group if config.fused_lora else projections.ungroup)(family)
     (compiling.compile_blocks if config.torch_compile else compiling.restore_blocks)(family)
+    _lay_out(network(family), config.channels_last, family.device.type)
     if config.gradient_checkpointing:
         family.enable_gradient_checkpointing()
     return lora
+
+
+def _lay_out(module: torch.nn.Module, wanted: bool, device: str) -> None:
+    """Convolutions in the layout that the device's kernels read, or torch's."""
+    if device == "cuda":  # on a CPU the other kernels lose what convolutions gain
+        (channels_last.keep if wanted else channels_last.undo)(module)
+    else:
+        (packing.pack if wanted else packing.unpack)(module)
 
 
 def _check_precision(asked: str | None, family: Family) -> None:

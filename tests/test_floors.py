@@ -15,6 +15,7 @@ FLOORS = (
         "adapters",
         "projections",
         "channels_last",
+        "packing",
         "compiling",
         "disk_cache",
         "cache",

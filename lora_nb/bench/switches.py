@@ -37,6 +37,13 @@ SWITCHES = {
         2e-3,
         {"mixed_precision": "bf16"},
     ),
+    "bf16 packed": Switch(
+        "weights of convolutions packed (channels_last), in bf16",
+        {"channels_last": False},
+        {},
+        2e-3,
+        {"mixed_precision": "bf16"},
+    ),
     "compile": Switch("repeated blocks compiled", {}, {"torch_compile": True}, 1e-5),
     "bf16 compile": Switch(
         "repeated blocks compiled, in bf16",

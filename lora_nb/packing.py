@@ -1,0 +1,103 @@
+"""Frozen convolutions in bfloat16 on a CPU, with weights that are laid out once as the processor's kernels read them.
+
+torch has them laid out anew at every call, which takes longer than a small convolution itself. The copies cost as much
+memory as the weights, twice: one is for the gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+ONES = (1, 1)  # stride and dilation
+
+
+def pack(network: nn.Module) -> int:
+    """Let the convolutions that can compute so in steps with gradients; returns how many do.
+
+    Those of stride 1 in bfloat16 on a CPU that knows it. Without gradients a convolution is torch's own, and weights
+    that were moved are packed again.
+    """
+    unpack(network)
+    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    found = [m for m in network.modules() if known and type(m) is nn.Conv2d and _can(m)]
+    for conv in found:
+        conv.forward = _Forward(conv)
+    return len(found)
+
+
+def unpack(network: nn.Module) -> None:
+    """Give the convolutions torch's own forward back."""
+    for module in network.modules():
+        if isinstance(vars(module).get("forward"), _Forward):
+            del module.forward
+
+
+def _can(conv: nn.Conv2d) -> bool:
+    return (
+        _fits(conv.weight)
+        and (conv.stride, conv.dilation, conv.groups) == (ONES, ONES, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and all(pad < size for pad, size in zip(conv.padding, conv.kernel_size, strict=True))
+    )
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+
+
+class _Forward:
+    """The forward of a convolution: by packed weights where there are gradients, its own elsewhere."""
+
+    def __init__(self, conv: nn.Conv2d):
+        self.conv, self.address = conv, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"conv": self.conv, "address": None}  # a copy packs its own: torch cannot copy these
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        conv = self.conv
+        usual = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if usual or not (_fits(x) and _fits(conv.weight)):
+            return type(conv).forward(conv, x)
+        if self.address != conv.weight.data_ptr():
+            self._pack(conv.weight.detach())
+        return _Convolution.apply(x, conv.bias, self)
+
+    def _pack(self, weight: torch.Tensor) -> None:
+        sizes, padding = self.conv.kernel_size, self.conv.padding
+        self.address = weight.data_ptr()
+        self.there = _Packed(weight, padding)
+        # What a picture gets from its neighbours it gives back to them: the same convolution, turned by half a turn.
+        edges = [size - 1 - pad for size, pad in zip(sizes, padding, strict=True)]
+        self.back = _Packed(weight.flip(2, 3).transpose(0, 1).contiguous(), edges)
+
+
+class _Packed:
+    """A weight (out, in, height, width) as the kernel reads it, for a padding."""
+
+    def __init__(self, weight: torch.Tensor, padding: Any):
+        self.padding = list(padding)
+        pack = torch.ops.mkldnn._reorder_convolution_weight
+        self.weight = pack(weight, self.padding, ONES, ONES, 1, None)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        run = torch.ops.mkldnn._convolution_pointwise
+        y = run(x, self.weight, bias, self.padding, ONES, ONES, 1, "none", [], "")
+        return y.contiguous()  # norms and whatever follows are fast in this layout only
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution by packed weights, frozen like the bias; x (B, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, bias: Any, packed: _Forward) -> Any:
+        ctx.back = packed.back
+        return packed.there(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any) -> Any:
+        return ctx.back(dy, None), None, None

@@ -1,0 +1,138 @@
+"""Packed convolutions give torch's numbers, forward and backward, and nothing else of a network changes."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from lora_nb import packing
+from lora_nb.config import LoraSpec
+from lora_nb.families import load_family, network
+from lora_nb.trainer import train
+
+pytestmark = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU's kernels know no bfloat16"
+)
+
+
+def convolution(*args, dtype=torch.bfloat16, **kwargs):
+    torch.manual_seed(0)
+    return nn.Conv2d(*args, **kwargs).to(dtype).requires_grad_(False)
+
+
+def both(conv, x, seed=1):
+    """The output, and the gradient of the input for a drawn gradient of the output."""
+    x = x.detach().requires_grad_()
+    y = conv(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y.dtype)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "shape"),
+    [
+        ((8, 16, 3), {"padding": 1}, (2, 8, 9, 7)),
+        ((16, 8, 1), {}, (3, 16, 5, 5)),
+        ((4, 12, 3), {"padding": 0, "bias": False}, (1, 4, 8, 8)),
+        ((4, 6, (3, 1)), {"padding": (2, 0)}, (2, 4, 6, 5)),
+        ((40, 24, 5), {"padding": 2}, (2, 40, 4, 4)),
+    ],
+    ids=["3x3", "1x1", "no padding, no bias", "not square", "5x5"],
+)
+def test_numbers_are_torchs(args, kwargs, shape):
+    """As near to the exact result as torch's own, and the output in the same layout."""
+    conv = convolution(*args, **kwargs)
+    x = torch.randn(shape).bfloat16()
+    exact = both(copy.deepcopy(conv).double(), x.double())
+    torchs = both(conv, x)
+    assert packing.pack(conv) == 1
+    ours = both(conv, x)
+    assert ours[0].is_contiguous()
+    for a, b, c in zip(ours, torchs, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - c).norm() <= 1.05 * (b - c).norm()
+    assert both(conv, x[:1, :, :4])[0].shape[0] == 1  # another size of the input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "dtype"),
+    [
+        ({"stride": 2}, torch.bfloat16),
+        ({"dilation": 2}, torch.bfloat16),
+        ({"groups": 2}, torch.bfloat16),
+        ({"padding": "same"}, torch.bfloat16),
+        ({"padding": 1, "padding_mode": "reflect"}, torch.bfloat16),
+        ({"padding": 3}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+    ids=str,
+)
+def test_others_stay_torchs(kwargs, dtype):
+    conv = convolution(4, 4, 3, dtype=dtype, **kwargs)
+    assert packing.pack(conv) == 0
+    assert "forward" not in vars(conv)
+
+
+def test_it_is_torchs_without_gradients_and_after_a_move():
+    conv = convolution(8, 8, 3, padding=1)
+    x = torch.randn(1, 8, 6, 6).bfloat16()
+    packing.pack(conv)
+    with torch.no_grad():
+        conv(x)
+    assert conv.forward.address is None  # nothing has been packed for it
+    before = both(conv, x)
+    conv.weight.data = 2 * conv.weight.data
+    conv.bias.data = 2 * conv.bias.data
+    torch.testing.assert_close(both(conv, x), (2 * before[0], 2 * before[1]), atol=0, rtol=0)
+    conv.float()
+    assert both(conv, x.float())[0].dtype == torch.float32
+    packing.unpack(conv)
+    assert "forward" not in vars(conv)
+
+
+def test_a_packed_network_can_be_copied_and_kept():
+    conv = convolution(8, 8, 3, padding=1)
+    x = torch.randn(1, 8, 6, 6).bfloat16()
+    packing.pack(conv)
+    before = both(conv, x)
+    twin = copy.deepcopy(conv)
+    torch.testing.assert_close(both(twin, x), before, atol=0, rtol=0)
+    assert twin.forward.conv is twin
+    torch.save(conv, kept := io.BytesIO())
+    kept.seek(0)
+    again = torch.load(kept, weights_only=False)
+    torch.testing.assert_close(both(again, x), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "targets", [["to_q", "to_v"], ["conv1", "to_q"]], ids=["attention", "convolutions too"]
+)
+def test_a_training_in_bf16_learns_the_same(config, targets):
+    """With and without, also where convolutions carry adapters; a later training without it unpacks."""
+    config = config.replace(
+        mixed_precision="bf16", lora={"unet": LoraSpec(rank=2, target_modules=targets)}
+    )
+    family = load_family("sd", config.pretrained_model_name_or_path, dtype=torch.bfloat16)
+
+    def losses(name, **changes):
+        config_of = config.replace(output_dir=f"{config.output_dir}-{name}", **changes)
+        return [step.loss for step in train(config_of, family)]
+
+    def packed():
+        return sum(
+            isinstance(vars(m).get("forward"), packing._Forward) for m in network(family).modules()
+        )
+
+    ours = losses("packed")
+    assert packed() > 10
+    assert ours == losses("again")
+    assert ours == pytest.approx(losses("plain", channels_last=False), abs=2e-3)
+    assert packed() == 0
+
+
+def test_a_training_in_float32_packs_nothing(config):
+    training = train(config)
+    next(iter(training))
+    assert not any("forward" in vars(m) for m in network(training.family).modules())
