@@ -9,10 +9,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu-lock.txt
-# Threads that wait give their core back after some microseconds: with a busy neighbour endless spinning costs 10 times more.
-export GOMP_SPINCOUNT := 3000
 
-.PHONY: course test test-package test-notebooks test-long test-platforms lab clean
+.PHONY: course test test-package test-notebooks test-commands test-long test-platforms lab clean
 
 course: $(READY)
 	$(BIN)/python scripts/course.py
@@ -20,15 +18,21 @@ course: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks $(ALSO)
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks test-commands $(ALSO)
 
-# Two halves beside each other, a thread each: most of the package's tests keep one core busy and wait for files. What ALSO
-# names follows the one that ends first.
+# Two at a time, a thread each: most tests keep one core busy and wait for files. What comes third follows the one that ends
+# first, so that both cores are done at about the same time.
+NOTEBOOKS := tests/test_notebooks.py tests/browser
+COMMANDS := tests/benchmarks tests/test_launch.py tests/test_published_command.py
+
 test-package:
-	$(BIN)/python -m pytest --ignore tests/test_notebooks.py --ignore tests/browser
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(NOTEBOOKS) $(COMMANDS))
 
 test-notebooks:
-	$(BIN)/python -m pytest tests/test_notebooks.py tests/browser
+	$(BIN)/python -m pytest $(NOTEBOOKS)
+
+test-commands:
+	$(BIN)/python -m pytest $(COMMANDS)
 
 # Hypothesis draws 200 examples where make test draws 25; a long form prints what it reached.
 test-long: $(READY)

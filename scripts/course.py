@@ -24,7 +24,6 @@ ENVIRONMENT = {
     "HF_DATASETS_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "GOMP_SPINCOUNT": "3000",  # as in the Makefile
     "TOKENIZERS_PARALLELISM": "false",
 }
 

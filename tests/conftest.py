@@ -15,13 +15,14 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "LORA_NB_HEADLESS": "1",
-    "GOMP_SPINCOUNT": "3000",
     "PYTHONPATH": str(OFFLINE) + os.pathsep + str(REPO),
 }
 sys.path.insert(0, str(OFFLINE))
 import pytest  # noqa: E402
 import sitecustomize  # noqa: E402, F401
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+import lora_nb  # noqa: E402, F401  # before torch, whose threads it tells how to wait
 
 # A folder for all examples of a property is meant; times say nothing on a shared machine.
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}

@@ -361,3 +361,14 @@ def test_a_package_replaced_under_the_running_kernel_wants_a_restart(elsewhere):
     assert not check.ok
     assert "0.1.0 in memory" in check.found
     assert "restart" in check.fix
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
+@pytest.mark.parametrize(("own", "expected"), [({}, "500"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_of_torch_wait_as_the_package_says_unless_the_user_does(own, expected):
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | own
+    done = subprocess.run(
+        [sys.executable, "-c", "import lora_nb, torch"],
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr

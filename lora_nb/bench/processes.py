@@ -56,7 +56,7 @@ class Runner:
         return {
             "OMP_NUM_THREADS": str(self.threads),
             "MKL_NUM_THREADS": str(self.threads),
-            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "3000"),
+            "GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"],
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(folder / "hf"),
