@@ -21,7 +21,12 @@ TFLOP = 0.0035  # of a picture, UNet forward and LoRA backward
 EPOCHS = (1, 3, 10)
 GATES = {"no": 1e-6, "bf16": 2e-3}  # largest difference of losses
 # Threads, and how long one waits awake for another.
-WAITING = ((1, "3000"), (2, "3000"), (2, "1500"), (2, "0"))
+WAITING = (
+    (1, "500"),
+    (2, "500"),
+    (2, "0"),
+    (2, "300000"),
+)  # the last is the default of GNU's OpenMP
 PICTURE = ("--validation_prompt", "a red thing", "--num_validation_images", "4")
 
 
@@ -263,30 +268,41 @@ def scaling(bench: Bench) -> dict[str, Any]:
 def _two_processes(bench: Bench) -> dict[str, Any]:
     """Wall seconds of a step with one process, and with two that share its pictures; a thread each, in turns.
 
-    apart: what two trainings that know nothing of each other get done together, over what one alone does.
+    apart, abreast: what two trainings that exchange nothing get done together, over what one alone does; abreast they
+    begin each step together, as two processes of one training must.
     """
     steps = bench.steps + DROPPED
+    epoch = bench.pictures // 8  # in which every picture is read for the first time
     rounds = [
         (
             bench.ours("steady", steps, 8).per_step(0),
-            bench.ours("launch", steps, 4).found["seconds"],
+            bench.ours("launch", epoch + steps, 4, timed=bench.steps).found["seconds"],
             bench.ours("steady", steps, 4).per_step(0),
-            _apart(bench, steps),
+            _together(bench, steps, abreast=False),
+            _together(bench, steps, abreast=True),
         )
         for _ in range(bench.rounds)
     ]
     return {
-        "one": statistics.median(one for one, *_ in rounds),
-        "two": statistics.median(two for _, two, *_ in rounds),
+        "one": statistics.median(round[0] for round in rounds),
+        "two": statistics.median(round[1] for round in rounds),
         "ratios": [one / two for one, two, *_ in rounds],
-        "apart": [2 * alone / beside for *_, alone, beside in rounds],
+        "apart": [2 * alone / apart for _, _, alone, apart, _ in rounds],
+        "abreast": [2 * alone / abreast for _, _, alone, _, abreast in rounds],
     }
 
 
-def _apart(bench: Bench, steps: int) -> float:
+def _together(bench: Bench, steps: int, abreast: bool) -> float:
     """Wall seconds of a step of batch 4 in two trainings at once, the mean of both."""
-    both = [bench.begin(f"ours-apart-{i}", "steady", steps, 4) for i in range(2)]
-    return statistics.mean(running.wait().per_step(0) for running in both)
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        pipes = [str(Path(folder) / name) for name in "ab"]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        jobs = [{"pipes": order} for order in (pipes, pipes[::-1])] if abreast else [{}, {}]
+        both = [
+            bench.begin(f"ours-beside-{i}", "steady", steps, 4, **job) for i, job in enumerate(jobs)
+        ]
+        return statistics.mean(running.wait().per_step(0) for running in both)
 
 
 def _neighbour(bench: Bench) -> list[dict[str, Any]]:
@@ -317,11 +333,14 @@ def _alone_and_beside(bench: Bench, environment: dict[str, str]) -> tuple[float,
 
 
 def forecast(bench: Bench) -> dict[str, Any]:
-    """What `preflight` says of a run, and what the run then takes; each in a process of its own."""
+    """What `preflight` says of a run, and what the run then takes, in turns; each in a process of its own."""
     extra = (*PICTURE, "--validation_steps", "50", "--num_inference_steps", "20")
-    said = bench.ours("forecast", 100, extra=extra, environment=bench.fresh())
-    was = bench.ours("run", 100, extra=extra, environment=bench.fresh())
-    return {"said": said.found, "was": was.found | {"memory": was.memory}}
+    rounds = []
+    for _ in range(bench.rounds):
+        said = bench.ours("forecast", 100, extra=extra, environment=bench.fresh())
+        was = bench.ours("run", 100, extra=extra, environment=bench.fresh())
+        rounds.append((said.found, was.found | {"memory": was.memory}))
+    return {"rounds": rounds}
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,17 @@ def _steady(job: dict[str, Any], clock: Clock) -> None:
     for position in range(len(training.pictures)):
         training.cache.batch([position])
     clock.found["encoding"] = time.perf_counter() - began
+    meet = _meeting(*job["pipes"]) if "pipes" in job else lambda: None
     for step in training:
         clock.tick(step.loss)
+        meet()
+
+
+def _meeting(ours: str, theirs: str) -> Callable[[], Any]:
+    """What waits, by two named pipes, until another training has come as far."""
+    # Open for both directions, so that opening waits for nobody.
+    here, there = (os.open(pipe, os.O_RDWR) for pipe in (ours, theirs))
+    return lambda: os.write(there, b".") and os.read(here, 1)
 
 
 def _replay(job: dict[str, Any], clock: Clock) -> None:
@@ -135,17 +144,21 @@ def _forecast(job: dict[str, Any], clock: Clock) -> None:
 
     found = preflight(_config(job))
     clock.found |= {"seconds": found.seconds, "step": found.seconds_per_step}
-    clock.found |= {"memory": found.peak_memory, "text": str(found)}
+    clock.found |= {"steps": found.caching + found.training, "memory": found.peak_memory}
 
 
 def _run(job: dict[str, Any], clock: Clock) -> None:
-    """The run that was forecast."""
+    """The run that was forecast; `step` is the median once every picture is encoded."""
+    from statistics import median
+
     from lora_nb.inference import with_samples
     from lora_nb.trainer import train
 
     began = time.perf_counter()
-    seconds = [step.seconds for step in with_samples(train(_config(job)))]
-    clock.found |= {"seconds": time.perf_counter() - began, "step": sum(seconds) / len(seconds)}
+    training = train(_config(job))
+    seconds = [step.seconds for step in with_samples(training)]
+    clock.found |= {"seconds": time.perf_counter() - began, "steps": sum(seconds)}
+    clock.found |= {"step": median(seconds[training.steps_per_epoch :])}
 
 
 def _switches(job: dict[str, Any], clock: Clock) -> None:
@@ -163,13 +176,11 @@ def _scaling(job: dict[str, Any], clock: Clock) -> None:
 
 
 def _launch(job: dict[str, Any], clock: Clock) -> None:
-    """Median wall seconds of a step of two processes that share the pictures of each step."""
-    from statistics import median
-
+    """Wall seconds of a step of two processes that share its pictures, all between two of the last steps counted."""
     from lora_nb.launch import Launch
 
-    seconds = [step.seconds for step in Launch(_config(job), 2)]
-    clock.found["seconds"] = median(seconds[5:])
+    seen = [time.perf_counter() for _ in Launch(_config(job), 2)]
+    clock.found["seconds"] = (seen[-1] - seen[-1 - job["timed"]]) / job["timed"]
 
 
 def _spin(job: dict[str, Any], clock: Clock) -> None:

@@ -80,10 +80,16 @@ ABOUT = {"machine": "here"}
     [
         "training",
         "validation",
-        *(pytest.param(part, marks=pytest.mark.long) for part in ("switches", "whole", "forecast")),
+        *(
+            pytest.param(part, marks=pytest.mark.long)
+            for part in ("training, compiled", "switches", "whole", "forecast")
+        ),
     ],
 )
-def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part):
+def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part, monkeypatch):
+    if part == "training":  # compiling takes most of its time
+        monkeypatch.setattr(parts, "_compiler", lambda: None)
+    part, _, variant = part.partition(", ")
     found = json.loads(json.dumps(parts.PARTS[part](small)))
     text = tables.page({part: found | {"conditions": {"on": "x"}}}, ABOUT, "bench", None)
     assert "the plain loop" in text
@@ -96,6 +102,7 @@ def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part):
         "forecast": "| whole run |",
     }
     assert expected[part] in text
+    assert ("| batch 4, float32, compiled |" in text) == (variant == "compiled")
     if part == "switches":
         assert all(r["difference"] <= r["allowed"] for r in found["rows"] if r["allowed"])
 
