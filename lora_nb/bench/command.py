@@ -118,6 +118,8 @@ def _write(wanted: Wanted, folder: Path) -> Path:
     large = [shape for shape in SHAPES.values() if shape.expected]
     if expected := tables.predictions(large, found.get("gpu")):
         text += "\n" + expected
+    if "gpu" in found and (others := tables.other_cards(large, found["gpu"])):
+        text += "\n" + others
     return write_atomically(Path(wanted.out), text)
 
 

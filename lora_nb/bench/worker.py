@@ -54,16 +54,21 @@ def _plain(job: dict[str, Any], clock: Clock) -> None:
 
 
 def _command(job: dict[str, Any], clock: Clock) -> None:
-    """`lora-nb train`, as it is typed."""
+    """`lora-nb train`, as it is typed; `file` are the CPU seconds until the adapter file is there."""
     from lora_nb import trainer
 
-    log = trainer.Training._log
+    log, save = trainer.Training._log, trainer.Training.save_adapter
 
     def ticking(self: Any, step: Any) -> None:
         log(self, step)
         clock.tick(step.loss)
 
-    trainer.Training._log = ticking
+    def saving(self: Any) -> Path:
+        file = save(self)
+        clock.found["file"] = time.process_time()
+        return file
+
+    trainer.Training._log, trainer.Training.save_adapter = ticking, saving
     sys.argv = ["lora_nb", "train", *job["argv"]]
     try:
         runpy.run_module("lora_nb", run_name="__main__")
@@ -71,7 +76,7 @@ def _command(job: dict[str, Any], clock: Clock) -> None:
         if end.code:
             raise
     finally:
-        trainer.Training._log = log
+        trainer.Training._log, trainer.Training.save_adapter = log, save
 
 
 def _steady(job: dict[str, Any], clock: Clock) -> None:
@@ -144,7 +149,7 @@ def _forecast(job: dict[str, Any], clock: Clock) -> None:
 
     found = preflight(_config(job))
     clock.found |= {"seconds": found.seconds, "step": found.seconds_per_step}
-    clock.found |= {"steps": found.caching + found.training, "memory": found.peak_memory}
+    clock.found |= {"training": found.caching + found.training, "memory": found.peak_memory}
 
 
 def _run(job: dict[str, Any], clock: Clock) -> None:
@@ -157,7 +162,7 @@ def _run(job: dict[str, Any], clock: Clock) -> None:
     began = time.perf_counter()
     training = train(_config(job))
     seconds = [step.seconds for step in with_samples(training)]
-    clock.found |= {"seconds": time.perf_counter() - began, "steps": sum(seconds)}
+    clock.found |= {"seconds": time.perf_counter() - began, "training": sum(seconds)}
     clock.found |= {"step": median(seconds[training.steps_per_epoch :])}
 
 

@@ -116,9 +116,16 @@ def test_a_step_is_the_median_without_the_first_ones():
 
 def test_a_longer_run_is_reckoned_from_its_epochs():
     side = processes.Result(0.0, 12.0, 1, [(0.0, 5.0 + step, 0.5) for step in range(6)])
-    assert parts._until(side, 6, 2) == 12.0  # as measured
-    assert parts._until(side, 4, 2) == 8.0 + 2.0  # what comes after the last step is always there
-    assert parts._until(side, 8, 2) == 12.0 + 2.0
+    assert parts._until(side, 12.0, 6, 2) == 12.0  # as measured
+    assert (
+        parts._until(side, 12.0, 4, 2) == 8.0 + 2.0
+    )  # what comes after the last step is always there
+    assert parts._until(side, 12.0, 8, 2) == 12.0 + 2.0
+
+
+def test_of_an_even_number_of_rounds_neither_middle_one_is_chosen():
+    assert tables.spread([0.9, 1.3]) == "1.10 (0.90 to 1.30)"
+    assert tables.spread([2.0]) == "2.00"
 
 
 def test_every_switch_is_made_of_settings_that_exist():
@@ -187,6 +194,20 @@ def test_predictions_are_marked_and_within_the_floor():
     assert "predictions, nothing measured" in tables.predictions(shapes)
     for shape in shapes:
         assert all(rate < 790 / shape.tflop for rate, _, _ in shape.expected.values())
+
+
+def test_other_cards_get_the_measured_share_of_their_floor():
+    shapes = [shape for shape in SHAPES.values() if shape.expected]
+    row = {"shape": "SD 1.5", "batch": 4, "precision": "bf16", "variant": "ours", "of_peak": 0.2}
+    row |= {"rate": 90.0, "memory": 15 * 2**30}
+    rows = [row, row | {"variant": "eager, peft, autocast"}, row | {"rate": 0.0, "batch": 1}]
+    text = tables.other_cards(shapes, {"gpu": "one", "rows": rows})
+    assert (
+        "| T4, 14.6 GiB | SD 1.5, batch 4, ours | 7.6 | 15.00 GiB | no |" in text
+    )  # 0.2 x 65 / 1.718
+    assert "| A100, 39.4 GiB | SD 1.5, batch 4, ours | 36.3 | 15.00 GiB | yes |" in text
+    assert text.count("SD 1.5, batch") == 2
+    assert tables.other_cards(shapes, {"gpu": "one", "rows": rows[1:]}) == ""
 
 
 def test_the_command_refuses_what_it_does_not_know(small):
