@@ -20,11 +20,17 @@ def pack(network: nn.Module) -> int:
     that were moved are packed again.
     """
     unpack(network)
-    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    found = [m for m in network.modules() if known and type(m) is nn.Conv2d and _can(m)]
+    found = [m for m in network.modules() if type(m) is nn.Conv2d and _can(m)]
+    if not (found and supported()):
+        return 0
     for conv in found:
         conv.forward = _Forward(conv)
     return len(found)
+
+
+def supported() -> bool:
+    """Whether this machine's kernels know bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def unpack(network: nn.Module) -> None:

@@ -13,7 +13,7 @@ from lora_nb.families import load_family, network
 from lora_nb.trainer import train
 
 pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU's kernels know no bfloat16"
+    not packing.supported(), reason="this CPU's kernels know no bfloat16"
 )
 
 
