@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_during_training_ends_it_in_one_sentence(config):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.long)])
 def test_kills_at_random_moments_of_a_run(config, lives, kills):
     """One run, killed and begun again by the same call; in the end it is the run that nobody killed."""
     config = config.replace(checkpointing_steps=2, max_train_steps=60, checkpoints_total_limit=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_nb import adapters, channels_last, compiling, memory, offload, projections
+from lora_nb import adapters, channels_last, compiling, memory, offload, packing, projections
 from lora_nb.bench import ground
 from lora_nb.bench.plain import Plain
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
@@ -169,6 +169,7 @@ class Models:
         compiling.restore_blocks(family)
         network(family).disable_gradient_checkpointing()
         channels_last.undo(network(family))
+        packing.unpack(network(family))
         network(family).requires_grad_(False).eval()
         freeze(family.vae, torch.float32, self.device)
         memory.release()

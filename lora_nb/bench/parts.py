@@ -17,16 +17,10 @@ from lora_nb.bench.processes import DROPPED, BenchError, Result, Runner, Running
 from lora_nb.bench.switches import SWITCHES
 from lora_nb.families.shapes import SHAPES
 
-TFLOP = 0.0035  # of a picture, UNet forward and LoRA backward
 EPOCHS = (1, 3, 10)
 GATES = {"no": 1e-6, "bf16": 2e-3}  # largest difference of losses
-# Threads, and how long one waits awake for another.
-WAITING = (
-    (1, "500"),
-    (2, "500"),
-    (2, "0"),
-    (2, "300000"),
-)  # the last is the default of GNU's OpenMP
+# Threads, and how long one waits awake for another; the last is the default of GNU's OpenMP.
+WAITING = ((1, "500"), (2, "500"), (2, "0"), (2, "300000"))
 PICTURE = ("--validation_prompt", "a red thing", "--num_validation_images", "4")
 
 
