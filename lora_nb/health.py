@@ -52,17 +52,21 @@ class Watch:
 
     def __init__(self, family: Family, start: State):
         self.family, self.start = family, start
+        self.weights = adapters.parameters(family)
         self._base: dict[str, torch.Tensor] = {}  # ||W||^2 of the layers of each part
 
     def __call__(self) -> Health:
-        now = adapters.state(self.family)
         moved, zero_b = {}, {}
-        for part, weights in now.items():
-            changed = sum((x != self.start[part][key]).sum().item() for key, x in weights.items())
-            moved[part] = changed / sum(value.numel() for value in weights.values())
-            zero = [not value.any() for key, value in weights.items() if "lora_B" in key]
+        for part, weights in self.weights.items():
+            # From a GPU in one piece: each transfer waits for it, and there are a thousand weights.
+            now = torch.cat([weight.detach().flatten() for weight in weights]).cpu()
+            pieces = now.split([weight.numel() for weight in weights])
+            named = list(zip(self.start[part].items(), pieces, strict=True))
+            changed = sum((x != start.flatten()).count_nonzero() for (_, start), x in named)
+            moved[part] = changed.item() / len(now)
+            zero = [not x.any() for (key, _), x in named if "lora_B" in key]
             zero_b[part] = sum(zero) / len(zero)
-        return Health(moved, zero_b, {part: self._change(part) for part in now})
+        return Health(moved, zero_b, {part: self._change(part) for part in moved})
 
     @torch.no_grad()
     def _change(self, part: str) -> dict[str, float]:
