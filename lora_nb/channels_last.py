@@ -7,7 +7,9 @@ each time a picture is copied.
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from diffusers import Transformer2DModel
+from peft.tuners import lora
 
 LAYOUT = torch.channels_last
 
@@ -17,6 +19,7 @@ def keep(network: torch.nn.Module) -> None:
     torch.nn.Module.to(network, memory_format=LAYOUT)
     for module in network.modules():
         if isinstance(module, Transformer2DModel):
+            module._operate_on_continuous_inputs = MethodType(_tokens_of_picture, module)
             module._get_output_for_continuous_inputs = MethodType(_picture_of_tokens, module)
 
 
@@ -24,7 +27,18 @@ def undo(network: torch.nn.Module) -> None:
     """Put the weights back into torch's own layout, and give attention the library's method."""
     torch.nn.Module.to(network, memory_format=torch.contiguous_format)
     for module in network.modules():
+        vars(module).pop("_operate_on_continuous_inputs", None)
         vars(module).pop("_get_output_for_continuous_inputs", None)
+
+
+def _tokens_of_picture(
+    self: Transformer2DModel, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """A picture (B, C, H, W) as tokens (B, H * W, inner), and how wide they are."""
+    height, width = hidden_states.shape[2:]
+    tokens = self.norm(hidden_states).movedim(1, 3).flatten(1, 2)
+    tokens = _projected(self.proj_in, tokens, height, width)
+    return tokens, tokens.shape[2]
 
 
 def _picture_of_tokens(
@@ -37,29 +51,17 @@ def _picture_of_tokens(
     inner_dim: int,
 ) -> torch.Tensor:
     """Tokens (B, H * W, inner) as a picture (B, C, H, W) that is added to the residual; the library copies it first."""
-    if self.use_linear_projection:
-        hidden_states = self.proj_out(hidden_states)
-    picture = hidden_states.unflatten(1, (height, width)).movedim(3, 1)
-    if not self.use_linear_projection:
-        picture = self.proj_out(picture)
-    return picture + residual
+    tokens = _projected(self.proj_out, hidden_states, height, width)
+    return tokens.unflatten(1, (height, width)).movedim(3, 1) + residual
 
 
-def group_norm(
-    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
+def _projected(
+    layer: torch.nn.Module, tokens: torch.Tensor, height: int, width: int
 ) -> torch.Tensor:
-    """Group normalization (Wu & He 2018, equation 1) of x (N, C, H, W) in this layout, for a compiler to make fast.
-
-    Mean and square are summed over places first, where neighbours in memory are channels, and then over a group's
-    channels; in float32, which holds the difference of the two while a mean is not hundreds of standard deviations.
-    """
-    n, channels = x.shape[:2]
-    rows = x.movedim(1, 3).flatten(1, 2).float()  # (N, H * W, C), a view before it is widened
-    mean, square = (
-        each.unflatten(1, (groups, -1)).mean(2, keepdim=True)
-        for each in (rows.mean(1), rows.square().mean(1))
-    )
-    factor = weight.float().unflatten(0, (groups, -1)) * (square - mean.square() + eps).rsqrt()
-    shift = bias.float().unflatten(0, (groups, -1)) - mean * factor
-    normed = rows * factor.reshape(n, 1, channels) + shift.reshape(n, 1, channels)
-    return normed.to(x.dtype).unflatten(1, x.shape[2:]).movedim(3, 1)
+    """Tokens (B, H * W, C) after a linear layer or a convolution of single places, which is one too."""
+    if type(layer) is torch.nn.Conv2d:
+        return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+    if isinstance(layer, torch.nn.Conv2d | lora.Conv2d):
+        picture = layer(tokens.unflatten(1, (height, width)).movedim(3, 1))
+        return picture.movedim(1, 3).flatten(1, 2)
+    return layer(tokens)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lora_nb import channels_last
 from lora_nb.errors import ConfigError
 from lora_nb.families import Family, network
 from lora_nb.projections import GroupedAttention
@@ -20,12 +19,11 @@ SHAPES = 64  # kinds of input that one kind of block is compiled for, before it 
 def compile_blocks(family: Family) -> int:
     """Compile the network's repeated blocks for steps with gradients; returns how many blocks there are.
 
-    On a GPU every group norm too. Each new shape of the input (batch, size) is compiled in the first step that has it.
+    Each new shape of the input (batch, size) is compiled in the first step that has it.
     Raises ConfigError if the network names no repeated blocks, or if compiling does not work on this machine.
     """
-    modules = list(network(family).modules())
     names = getattr(network(family), "_repeated_blocks", None) or ()
-    found = [m for m in modules if type(m).__name__ in names]
+    found = [m for m in network(family).modules() if type(m).__name__ in names]
     if not found:
         raise ConfigError(
             f"torch_compile compiles the blocks that a network repeats, and the network of {family.name!r} names none; "
@@ -37,18 +35,20 @@ def compile_blocks(family: Family) -> int:
     settings.cache_size_limit = max(SHAPES, settings.cache_size_limit)
     for block in found:
         block.forward = _Forward(block)
-    if family.device.type == "cuda":
-        for norm in modules:
-            if isinstance(norm, torch.nn.GroupNorm):
-                norm.forward = _Norm(norm)
     return len(found)
 
 
 def restore_blocks(family: Family) -> None:
     """Run every block as it is again."""
     for block in network(family).modules():
-        if isinstance(vars(block).get("forward"), _Forward | _Norm):
+        if isinstance(vars(block).get("forward"), _Forward):
             del block.forward
+
+
+def compiled(module: torch.nn.Module) -> set[torch.nn.Module]:
+    """All that lies in compiled blocks of a module, and they."""
+    blocks = [m for m in module.modules() if isinstance(vars(m).get("forward"), _Forward)]
+    return {inner for block in blocks for inner in block.modules()}
 
 
 class _Forward:
@@ -69,25 +69,6 @@ class _Forward:
         for attn in self.grouped:
             attn.processor.lay(attn)
         return self.compiled(*args, **kwargs)
-
-
-class _Norm:
-    """The forward of a group norm: written for the layout of its input where there are gradients, else its own.
-
-    The library's kernel knows one layout only, and copies what lies in another, before and after.
-    """
-
-    def __init__(self, norm: torch.nn.GroupNorm):
-        self.norm, self.own = norm, type(norm).forward.__get__(norm)
-        self.compiled = torch.compile(channels_last.group_norm, dynamic=False)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        # Its sums in float32 are more than half precision asks for; in float32 the library's are better.
-        half, layout = x.dtype != torch.float32, channels_last.LAYOUT
-        if not (torch.is_grad_enabled() and half and x.is_contiguous(memory_format=layout)):
-            return self.own(x)
-        norm = self.norm
-        return self.compiled(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def _try(device: torch.device) -> None:

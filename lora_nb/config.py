@@ -167,8 +167,8 @@ class TrainConfig:
     )
     torch_compile: bool = _setting(
         False,
-        "compile the network's repeated blocks, on a GPU its group norms too, in the first step (a minute or two, by a "
-        "C++ compiler); the result is the same to rounding",
+        "compile the network's repeated blocks in the first step (a minute or two, by a C++ compiler); the result is "
+        "the same to rounding",
     )
     cuda_graph: bool = _setting(
         True,
@@ -178,6 +178,11 @@ class TrainConfig:
         True,
         "keep the network's convolutions in the layout its fastest kernels read, on a CUDA GPU and in bf16 on a CPU "
         "(there in copies of their weights); the result is the same to rounding",
+    )
+    fused_kernels: bool = _setting(
+        True,
+        "on a CUDA GPU in channels_last, compute norms with their activations, and gated activations, by Triton "
+        "kernels; the result is the same to rounding",
     )
     offload: bool = _setting(
         False,

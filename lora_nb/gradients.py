@@ -55,7 +55,7 @@ class Gradients:
         """Forward and backward over the micro-steps, `size` pictures at a time; the gradients add up to their mean."""
         config, results, taken = self.config, [], []
         self.learner.optimizer.zero_grad()
-        with training_mode(self.modules):
+        with training_mode(self.modules), self.learner.copies.fresh():
             for micro in range(config.gradient_accumulation_steps):
                 for share, batch in self.batches.of(done, micro, size):
                     with self._named_dropout(batch):

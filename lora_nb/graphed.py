@@ -154,7 +154,7 @@ class StepOnBuffers:
         learner = self.learner
         learner.optimizer.zero_grad()
         losses, per_image = [], []
-        with training_mode(self.modules):
+        with training_mode(self.modules), learner.copies.fresh():
             for micro in micros:
                 result = loss_on(learner.family, micro)
                 loss = result.loss * micro.share / self.config.gradient_accumulation_steps

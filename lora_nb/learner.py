@@ -10,6 +10,7 @@ from lora_nb import (
     channels_last,
     compiling,
     formats,
+    fusing,
     optimization,
     packing,
     projections,
@@ -26,7 +27,7 @@ class Learner:
     """The weights that a step changes and a checkpoint keeps, and what changes them.
 
     lora: the complete spec of each part. weights: the trainable ones by part, `parameters` numbers in all.
-    untrained: the adapters' state before the first step.
+    untrained: the adapters' state before the first step. copies: of adapters, for the products of a step.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Learner:
         self.weights = adapters.parameters(family)
         self.parameters = sum(weight.numel() for weight in self.all_weights())
         self.untrained = adapters.state(family)
+        self.copies = projections.Copies(network(family))
         peaks = optimization.peak_learning_rates(
             config.replace(lora=self.lora), self.weights, samples_per_step
         )
@@ -90,16 +92,18 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
     adapters.add(family, lora, seed=config.seed)
     (projections.group if config.fused_lora else projections.ungroup)(family)
     (compiling.compile_blocks if config.torch_compile else compiling.restore_blocks)(family)
-    _lay_out(network(family), config.channels_last, family.device.type)
+    _lay_out(network(family), config, family.device.type)
     if config.gradient_checkpointing:
         family.enable_gradient_checkpointing()
     return lora
 
 
-def _lay_out(module: torch.nn.Module, wanted: bool, device: str) -> None:
-    """Convolutions in the layout that the device's kernels read, or torch's."""
+def _lay_out(module: torch.nn.Module, config: TrainConfig, device: str) -> None:
+    """Convolutions in the layout that the device's kernels read, and what is fused in it, or torch's."""
+    wanted = config.channels_last
     if device == "cuda":  # on a CPU the other kernels lose what convolutions gain
         (channels_last.keep if wanted else channels_last.undo)(module)
+        (fusing.fuse if wanted and config.fused_kernels else fusing.undo)(module)
     else:
         (packing.pack if wanted else packing.unpack)(module)
 

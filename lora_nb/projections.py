@@ -5,7 +5,8 @@ input. Here projections of one input are one product with their branches. Layers
 so there is nothing to undo for saving, scaling, merging or removing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +24,15 @@ class Projection(torch.autograd.Function):
     """x W^T + b + scale (x A^T) B^T for layers of one shape side by side (Hu et al. 2021, equation 3).
 
     x: (N, in). weight: (layers x out, in), one layer's below the other's, and bias (layers x out,) or None; both
-    frozen. factors: A (rank, in) of each layer, then B (out, rank) of each, float32; they are used in x's dtype.
-    Result: (N, layers x out).
+    frozen. factors: A (rank, in) of each layer, then B (out, rank) of each, float32; they are used in x's dtype, as
+    which `copies` has them already if it is not None. Result: (N, layers x out).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, scale: float, *factors: Any) -> Any:
-        a, b = _stacked(factors, x.dtype)
+    def forward(
+        ctx: Any, x: Any, weight: Any, bias: Any, scale: float, copies: Any, *factors: Any
+    ) -> Any:
+        a, b = copies or _stacked(factors, x.dtype)
         inner = _scaled(x @ a.T, scale)  # (N, layers x rank)
         y = F.linear(x, weight, bias)
         _by_layer(y, len(b)).baddbmm_(_by_layer(inner, len(b)), b.mT)
@@ -53,11 +56,16 @@ class Projection(torch.autograd.Function):
         d_b = _gradient_of_b(dys, _by_layer(inner, layers)).unbind()
         if dx is not None:
             dx.addmm_(d_inner.to(dx.dtype), a)
-        return dx, None, None, None, *d_a, *d_b
+        return dx, None, None, None, None, *d_a, *d_b
 
 
 def plain_projection(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, scale: float, *factors: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Any,
+    scale: float,
+    copies: None,
+    *factors: torch.Tensor,
 ) -> torch.Tensor:
     """What `Projection` computes, for a compiler that writes the backward pass itself."""
     a, b = _stacked(factors, x.dtype)
@@ -106,6 +114,8 @@ class GroupedAttention:
 
     def __init__(self) -> None:
         self._shared: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.copies: dict[tuple[str, ...], _Copies] = {}
+        self.fresh = False  # whether the copies are of what the factors are now
 
     def __call__(
         self,
@@ -152,10 +162,20 @@ class GroupedAttention:
             factors += [layer.lora_B[adapters.ADAPTER].weight for layer in layers]
             scale = layers[0].scaling[adapters.ADAPTER]
             project = plain_projection if torch.compiler.is_compiling() else Projection.apply
-            y = project(rows, weight, bias, scale, *factors)
+            y = project(rows, weight, bias, scale, self._copied(names, factors, x), *factors)
         else:
             y = F.linear(rows, weight, bias)
         return y.unflatten(0, x.shape[:2]).split([base.out_features for base in bases], -1)
+
+    def _copied(
+        self, names: tuple[str, ...], factors: list[nn.Parameter], x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The factors stacked in x's dtype, if they are kept so in this step."""
+        if torch.compiler.is_compiling() or not self.fresh or x.dtype == torch.float32:
+            return None
+        if names not in self.copies:
+            self.copies[names] = _Copies(factors, x.dtype)
+        return self.copies[names].a, self.copies[names].b
 
     def _frozen(
         self, names: tuple[str, ...], bases: list[nn.Linear]
@@ -176,6 +196,45 @@ class GroupedAttention:
             bias = None if first.bias is None else _side_by_side([base.bias for base in bases])
             self._shared[names] = _side_by_side([base.weight for base in bases]), bias
         return self._shared[names]
+
+
+class _Copies:
+    """What `_stacked` makes of the factors of layers; parts: of it, in the order of the factors."""
+
+    @torch.no_grad()
+    def __init__(self, factors: list[nn.Parameter], dtype: torch.dtype):
+        self.factors = factors
+        self.a, self.b = _stacked(factors, dtype)
+        self.parts = [*self.a.split(self.b.shape[2]), *self.b]
+
+
+class Copies:
+    """The factors of all grouped attention of a network in half precision, made all at once for each step.
+
+    One by one they are hundreds of kernels that each move a few kilobytes.
+    """
+
+    def __init__(self, network: nn.Module):
+        modules = [getattr(module, "processor", None) for module in network.modules()]
+        self.processors = [each for each in modules if isinstance(each, GroupedAttention)]
+        for processor in self.processors:
+            processor.copies = {}
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Inside, projections read the copies, and the factors must not change."""
+        held = [copies for each in self.processors for copies in each.copies.values()]
+        if held:
+            with torch.no_grad():
+                factors = [factor for copies in held for factor in copies.factors]
+                torch._foreach_copy_([part for copies in held for part in copies.parts], factors)
+        for processor in self.processors:
+            processor.fresh = True
+        try:
+            yield
+        finally:
+            for processor in self.processors:
+                processor.fresh = False
 
 
 def _layers(attn: Attention, names: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -22,7 +22,7 @@ FREE = {
     "validation_prompts", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
     "guidance_scale", "guidance_rescale", "probe_steps", "probe_size", "checkpointing_steps",
     "checkpoints_total_limit", "report_to", "logging_dir", "cache_latents", "cache_to_disk",
-    "dataloader_num_workers", "seed", "cuda_graph", "channels_last", "offload",
+    "dataloader_num_workers", "seed", "cuda_graph", "channels_last", "fused_kernels", "offload",
     "output_kohya_format", "gradient_checkpointing", "data.validation_data_dir",
     "pretrained_decoder_model_name_or_path", "sample_batch_size",
 }  # fmt: skip

@@ -17,6 +17,8 @@ FLOORS = (
         "channels_last",
         "packing",
         "compiling",
+        "kernels",
+        "fusing",
         "disk_cache",
         "cache",
         "loss",

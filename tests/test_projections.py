@@ -13,8 +13,9 @@ from lora_nb.trainer import train
 def outputs(family, requires_grad=True):
     """A prediction and the gradients of all adapter weights, at fixed inputs."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, 8, 8, generator=generator)
-    states = {"encoder_hidden_states": torch.randn(2, 16, 32, generator=generator)}
+    shapes = (2, 4, 8, 8), (2, 16, 32)
+    x, states = (torch.randn(shape, generator=generator).to(family.dtype) for shape in shapes)
+    states = {"encoder_hidden_states": states}
     prediction = family.predict(x, torch.tensor([10, 900]), states)
     weights = adapters.parameters(family)["unet"]
     prediction.square().mean().backward()
@@ -70,7 +71,7 @@ def test_it_is_the_grouped_product_that_runs(tiny_sd, monkeypatch):
     family, calls = adapted(tiny_sd), []
     apply = projections.Projection.apply
     monkeypatch.setattr(
-        projections.Projection, "apply", lambda *a: calls.append(len(a[4:]) // 2) or apply(*a)
+        projections.Projection, "apply", lambda *a: calls.append(len(a[5:]) // 2) or apply(*a)
     )
     layers = projections.group(family)
     outputs(family)
@@ -172,3 +173,41 @@ def test_attention_in_bfloat16_on_a_cpu_is_computed_in_float32():
     q, k, v = torch.randn(3, 1, 2, 16, 8).bfloat16().unbind()
     exact = projections.attention(q.float(), k.float(), v.float())
     assert torch.equal(projections.attention(q, k, v), exact.bfloat16())
+
+
+def test_factors_are_copied_once_for_a_step_and_anew_for_the_next(tiny_sd, monkeypatch):
+    """Between fresh copies a step computes what it does without them, to the bit, whatever the factors are by then."""
+    family, made = adapted(tiny_sd, torch.bfloat16), []
+    layers, stacked = projections.group(family), projections._stacked
+    monkeypatch.setattr(projections, "_stacked", lambda *a: made.append(1) or stacked(*a))
+    copies = projections.Copies(family.unet)
+    generator = torch.Generator().manual_seed(2)
+
+    def in_a_step():
+        with copies.fresh():
+            return outputs(family)
+
+    for step in range(3):
+        for weight in adapters.parameters(family)["unet"]:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+        plain, before = outputs(family), len(made)
+        torch.testing.assert_close(in_a_step(), plain, atol=0, rtol=0)
+        # Cross attention has three products, self attention two; in the first step each makes its copies.
+        assert len(made) - before == (0 if step else 5 * layers // 2)
+    with copies.fresh(), pytest.raises(ZeroDivisionError):
+        raise ZeroDivisionError
+    assert not any(processor.fresh for processor in copies.processors)
+
+
+def test_a_second_training_makes_its_own_copies(tiny_sd):
+    family = adapted(tiny_sd, torch.bfloat16)
+    projections.group(family)
+    with projections.Copies(family.unet).fresh():
+        outputs(family)
+    adapters.remove(family)
+    adapters.add(family, {"unet": LoraSpec(rank=2)}, seed=9)
+    for weight in adapters.parameters(family)["unet"]:
+        weight.data += 0.1
+    plain = outputs(family)
+    with projections.Copies(family.unet).fresh():
+        torch.testing.assert_close(outputs(family), plain, atol=0, rtol=0)

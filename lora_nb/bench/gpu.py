@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from lora_nb import adapters, channels_last, compiling, memory, offload, packing, projections
+from lora_nb import (
+    adapters,
+    channels_last,
+    compiling,
+    fusing,
+    memory,
+    offload,
+    packing,
+    projections,
+)
 from lora_nb.bench import ground
 from lora_nb.bench.plain import Plain
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
@@ -45,6 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "compiled": ("ours, compiled", {"torch_compile": True}),
     "eager": ("ours, eager", {"cuda_graph": False}),
     "contiguous": ("ours, not channels_last", {"channels_last": False}),
+    "unfused": ("ours, torch's norms and gates", {"fused_kernels": False}),
     "checkpointing": ("ours, checkpointing", {"gradient_checkpointing": True}),
     "offload": (
         "ours, checkpointing, offload",
@@ -169,6 +179,7 @@ class Models:
         compiling.restore_blocks(family)
         network(family).disable_gradient_checkpointing()
         channels_last.undo(network(family))
+        fusing.undo(network(family))
         packing.unpack(network(family))
         network(family).requires_grad_(False).eval()
         freeze(family.vae, torch.float32, self.device)

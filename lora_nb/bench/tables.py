@@ -220,7 +220,7 @@ def _gpu(part: Part) -> str:
         "Random weights, LoRA of rank 8. The eager loop is peft under autocast; like the "
         "reference script it encodes the pictures with the VAE, and the captions, in every step. Ours, in the same "
         "process, has latents and text states cached, as they are after the first epoch; `eager` launches kernel by "
-        "kernel what is otherwise one CUDA graph, `compiled` has compiled blocks and group norms in it, and with "
+        "kernel what is otherwise one CUDA graph, `compiled` has compiled blocks in it, and with "
         "`offload` text encoders and autoencoder are not on the GPU. Ratios are to the eager loop at the same batch, "
         "above 1 ours is faster. The floor is the arithmetic of a UNet step at the measured "
         f"{part['peak']:.0f} TFLOP/s of an 8192 product.\n\n"
