@@ -73,6 +73,7 @@ def _measure_gpu(wanted: Wanted, folder: Path, conditions: dict[str, str], say) 
 
     def keep(part: dict) -> None:
         new = part["rows"][-1]
+        new["on"] = conditions["on"]
         same_card = all(before.get(key) == part[key] for key in ("gpu", "cap"))
         anew = {(tables.case(row), row["variant"]) for row in part["rows"]}
         old = [

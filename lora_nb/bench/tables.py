@@ -224,8 +224,19 @@ def _gpu(part: Part) -> str:
         "`offload` text encoders and autoencoder are not on the GPU. Ratios are to the eager loop at the same batch, "
         "above 1 ours is faster. The floor is the arithmetic of a UNet step at the measured "
         f"{part['peak']:.0f} TFLOP/s of an 8192 product.\n\n"
-        + _table(names, [gpu_row(row) for row in compared(part["rows"])])
+        + _table(names, [gpu_row(row) for row in _dated(compared(part["rows"]))])
     )
+
+
+def _dated(rows: Sequence[Part]) -> list[Part]:
+    """The rows, with the day in the note of those that are older than the newest."""
+    newest = max((row.get("on", "") for row in rows), default="")
+    return [
+        row
+        if row.get("on", newest) == newest
+        else row | {"note": "; ".join(filter(None, (f"of {row['on']}", row["note"])))}
+        for row in rows
+    ]
 
 
 def compared(rows: Sequence[Part]) -> list[Part]:

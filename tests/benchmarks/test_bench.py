@@ -247,6 +247,15 @@ def test_gpu_rows_that_were_measured_apart_are_put_together_and_compared():
     ]  # fmt: skip
 
 
+def test_gpu_rows_older_than_the_newest_say_so():
+    rows = [
+        {"on": "Monday", "note": "small"},
+        {"on": "Tuesday", "note": ""},
+        {"on": "Monday", "note": ""},
+    ]
+    assert [row["note"] for row in tables._dated(rows)] == ["of Monday; small", "", "of Monday"]
+
+
 def test_every_part_has_a_table_and_every_job_a_kind():
     assert set(parts.PARTS) | {"gpu", "gpu_capped"} == set(tables.SECTIONS)
     assert set(worker.KINDS) >= {"script", "plain", "command", "steady", "replay"}
