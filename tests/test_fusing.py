@@ -167,6 +167,17 @@ def test_blocks_of_another_make_are_left_alone():
         assert torchs.calls == {("norm", False, False): 2}
 
 
+def test_a_decoder_of_another_make_learns_the_same(config, tmp_path):
+    """Kandinsky's blocks scale and shift after a norm, and its attention norms tokens."""
+    base = str(tiny.build("kandinsky_decoder", tmp_path / "base"))
+    config = config.replace(pretrained_model_name_or_path=base, family="kandinsky_decoder")
+    plain, torchs = [step.loss for step in train(config)], Torchs()
+    training = train(config.replace(overwrite=True))
+    fusing.fuse(training.family.unet, torchs)
+    assert [step.loss for step in training] == pytest.approx(plain, rel=1e-4)
+    assert set(torchs.calls) == {("norm", False, False)}
+
+
 def test_norms_of_tokens_are_torchs():
     norm, torchs = torch.nn.GroupNorm(2, 8), Torchs()
     x = torch.randn(2, 8, 5)
