@@ -14,6 +14,7 @@ from lora_nb import (
     optimization,
     packing,
     projections,
+    tokens,
 )
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError, NumericsError
@@ -101,6 +102,7 @@ def _adapt(family: Family, config: TrainConfig) -> dict[str, LoraSpec]:
 def _lay_out(module: torch.nn.Module, config: TrainConfig, device: str) -> None:
     """Convolutions in the layout that the device's kernels read, and what is fused in it, or torch's."""
     wanted = config.channels_last
+    (tokens.project if wanted else tokens.undo)(module)
     if device == "cuda":  # on a CPU the other kernels lose what convolutions gain
         (channels_last.keep if wanted else channels_last.undo)(module)
         (fusing.fuse if wanted and config.fused_kernels else fusing.undo)(module)

@@ -4,10 +4,8 @@ import pytest
 import torch
 from diffusers import Transformer2DModel
 
-from lora_nb import channels_last
+from lora_nb import channels_last, tokens
 from lora_nb.families import load_family, tiny
-
-REPLACED = ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs")
 
 
 @pytest.fixture(params=["sd", "sdxl"])
@@ -16,14 +14,14 @@ def unet(request, tmp_path):
     return load_family(request.param, str(tiny.build(request.param, tmp_path))).unet
 
 
-def watched(unet):
+def watched(unet, layout=channels_last.LAYOUT):
     """Whether the output of each convolution and attention is in the layout, by name, from the next call on."""
     seen = {}
 
     def note(name):
         def hook(module, inputs, output):
             output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-            seen[name] = output.is_contiguous(memory_format=channels_last.LAYOUT)
+            seen[name] = output.is_contiguous(memory_format=layout)
 
         return hook
 
@@ -60,16 +58,22 @@ def test_a_unet_stays_in_the_layout_with_the_same_result(unet):
 
     plain = result()
     channels_last.keep(unet)
+    tokens.project(unet)
     seen = watched(unet)
     torch.testing.assert_close(result(), plain, atol=1e-5, rtol=1e-4)
     assert len(seen) > 20
     assert [name for name, kept in seen.items() if not kept] == []
     channels_last.undo(unet)
-    assert not any(name in vars(m) for m in unet.modules() for name in REPLACED)
+    # In torch's own layout too they are the library's numbers, and leave that layout nowhere.
+    seen = watched(unet, torch.contiguous_format)
+    torch.testing.assert_close(result(), plain, atol=1e-5, rtol=1e-4)
+    assert [name for name, kept in seen.items() if not kept] == []
+    tokens.undo(unet)
+    assert not any(name in vars(m) for m in unet.modules() for name in tokens.REPLACED)
     assert all(w.is_contiguous() for w in unet.parameters())
     torch.testing.assert_close(result(), plain, atol=0, rtol=0)
 
 
 def test_the_library_still_has_the_methods_that_are_replaced():
     """Under another name it would silently copy again."""
-    assert all(hasattr(Transformer2DModel, name) for name in REPLACED)
+    assert all(hasattr(Transformer2DModel, name) for name in tokens.REPLACED)

@@ -14,6 +14,7 @@ FLOORS = (
     (
         "adapters",
         "projections",
+        "tokens",
         "channels_last",
         "packing",
         "compiling",

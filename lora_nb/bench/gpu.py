@@ -20,6 +20,7 @@ from lora_nb import (
     offload,
     packing,
     projections,
+    tokens,
 )
 from lora_nb.bench import ground
 from lora_nb.bench.plain import Plain
@@ -179,6 +180,7 @@ class Models:
         compiling.restore_blocks(family)
         network(family).disable_gradient_checkpointing()
         channels_last.undo(network(family))
+        tokens.undo(network(family))
         fusing.undo(network(family))
         packing.unpack(network(family))
         network(family).requires_grad_(False).eval()
