@@ -10,6 +10,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu-lock.txt
 
+# Images that forbid bytecode would have each of the many processes compile the package and Colab's libraries again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: course test test-package test-notebooks test-commands test-long test-platforms lab clean
 
 course: $(READY)
