@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,15 +28,15 @@ STANDIN = Path(bench.__file__).parent / "standin"
 class Here(processes.Runner):
     """Jobs in this very process: starting one costs seconds, and equal losses need no clean process."""
 
-    def run(self, job, **environment):
+    def start(self, job, **environment):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in ({worker.SPAWNED: repr(time.time())} | environment).items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", sys.argv)
             clock = worker.Clock()
             worker.KINDS[job["kind"]](json.loads(json.dumps(job)), clock)
-        cpu = time.process_time()
-        return processes.Result(1.0, cpu, 10**9, clock.steps, clock.found)
+        result = processes.Result(1.0, time.process_time(), 10**9, clock.steps, clock.found)
+        return SimpleNamespace(wait=lambda: result)
 
 
 @pytest.fixture(scope="module")
