@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from lora_nb import bench
@@ -50,6 +51,26 @@ def small(tiny_sd, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def of_few_kinds(small, parity, tmp_path_factory):
+    """The same on a network of one level: compiling takes g++ seconds for each kind of block, here three."""
+    folder = tmp_path_factory.mktemp("few")
+    shutil.copytree(small.folder / "base", folder / "base")
+    UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        norm_num_groups=8,
+    ).save_pretrained(folder / "base" / "unet")
+    few = parts.Bench(folder, None, rounds=1, steps=4, pictures=8, side=16)
+    few.runner, few.parity = Here(folder), parity
+    return few
+
+
+@pytest.fixture(scope="module")
 def parity(small):
     return small.check_parity()
 
@@ -84,8 +105,11 @@ ABOUT = {"machine": "here"}
         *(pytest.param(part, marks=pytest.mark.long) for part in ("switches", "whole", "forecast")),
     ],
 )
-def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part):
-    found = json.loads(json.dumps(parts.PARTS[part](small)))
+def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part, request, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes for that
+    compiles = part in ("training", "switches")
+    bench = request.getfixturevalue("of_few_kinds") if compiles else small
+    found = json.loads(json.dumps(parts.PARTS[part](bench)))
     text = tables.page({part: found | {"conditions": {"on": "x"}}}, ABOUT, "bench", None)
     assert "the plain loop" in text
     assert "nan" not in text
