@@ -8,7 +8,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu-lock.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints/cpu-lock.txt
+
+# Images that forbid bytecode would have each of the many processes compile the package and Colab's libraries again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: course test test-package test-notebooks test-commands test-long test-platforms lab clean
 
@@ -48,11 +51,15 @@ lab: $(READY)
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
 
-# Redone only when what is to be installed has changed. torch first: everything else builds on its version.
-$(READY): pyproject.toml constraints/cpu-lock.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "Setting up .venv (once; some minutes)"
 	$(PYTHON) -m venv .venv
+
+# Redone only when what is to be installed has changed. torch first: everything else builds on its version. pip would
+# compile 18,000 modules; what every start imports is compiled by importing it, and the rest where it is used.
+$(READY): pyproject.toml constraints/cpu-lock.txt | $(BIN)/python
 	$(PIP) torch
 	$(PIP) -e '.[lab,test]'
+	@$(BIN)/python -c 'import lora_nb; [getattr(lora_nb, name) for name in lora_nb.__all__]'
 	@touch $(READY)

@@ -88,12 +88,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or a module, when it is first asked for (PEP 562)."""
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"lora_nb.{_HOME[name]}"), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"lora_nb.{name}")
-    else:
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module 'lora_nb' has no attribute {name!r}")
+    with importlib.import_module("lora_nb.collector").without_collector():
+        module = importlib.import_module(f"lora_nb.{_HOME.get(name, name)}")
+    value = getattr(module, name) if name in _HOME else module
     globals()[name] = value
     return value
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_nb import config, env, flags
+from lora_nb.collector import without_collector
 from lora_nb.errors import ConfigError, LoraNbError
 
 HELP_WIDTH = 120
@@ -245,8 +246,9 @@ _SAMPLING = (
 
 
 def _train(args: argparse.Namespace) -> int:
-    from lora_nb.inference import with_samples
-    from lora_nb.trainer import train
+    with without_collector():
+        from lora_nb.inference import with_samples
+        from lora_nb.trainer import train
 
     _warn_of_a_lonely_process()
     settings = _settings_of(args)
@@ -320,7 +322,8 @@ def _settings_of(args: argparse.Namespace) -> config.TrainConfig:
 
 
 def _preflight(args: argparse.Namespace) -> int:
-    from lora_nb.forecast import preflight
+    with without_collector():
+        from lora_nb.forecast import preflight
 
     forecast = preflight(_settings_of(args))
     print(forecast)
@@ -396,7 +399,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from lora_nb.inference import generate, load_pipeline
+    with without_collector():
+        from lora_nb.inference import generate, load_pipeline
 
     sampling = {name: default for name, _, default in _SAMPLING}
     model = args.model
@@ -439,7 +443,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from lora_nb.inference import export
+    with without_collector():
+        from lora_nb.inference import export
 
     print(export(args.file, args.output, args.format, args.model, args.dtype).table())
     return 0

@@ -1,5 +1,6 @@
 """What all tests share: no network in any process, a runs folder of their own, a tiny base model."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,15 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("short", max_examples=25, derandomize=True, **QUIET)
 settings.register_profile("long", max_examples=200, print_blob=True, **QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+
+def pytest_sessionstart():
+    gc.disable()  # while all tests and libraries are imported, which is when it costs most and finds nothing
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported now stays, so no later collection looks through it
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lora_nb"
 # Within a floor a module may import those to its left.
 FLOORS = (
-    ("errors", "redaction", "files", "show", "config", "flags", "rng", "env"),
+    ("collector", "errors", "redaction", "files", "show", "config", "flags", "rng", "env"),
     ("objectives", "data", "families"),
     (
         "adapters",

@@ -3,17 +3,15 @@
 It decides what is worth a word; finding rows is in sources, opening pictures in decode.
 """
 
-import gc
 import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from lora_nb.collector import without_collector
 from lora_nb.config import DataSpec
 from lora_nb.data.decode import MAX_PIXELS, SUFFIXES, BadPicture, suffix
 from lora_nb.data.duplicates import check_duplicates
@@ -52,19 +50,7 @@ def has_split(spec: DataSpec, split: str) -> bool:
     return split_folder(spec, split, Problems()) is not None
 
 
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Python's collector finds nothing in rows that are all kept, and takes a third of the time of a large scan."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
-
-
-@_without_collector()
+@without_collector()
 def examine(
     spec: DataSpec, split: str, tokenizer: Any = None, headers_only: bool = False
 ) -> tuple[Report, list[Source]]:
