@@ -105,11 +105,11 @@ ABOUT = {"machine": "here"}
         *(pytest.param(part, marks=pytest.mark.long) for part in ("switches", "whole", "forecast")),
     ],
 )
-def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part, request, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes for that
+def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part, request):
     compiles = part in ("training", "switches")
     bench = request.getfixturevalue("of_few_kinds") if compiles else small
-    found = json.loads(json.dumps(parts.PARTS[part](bench)))
+    with torch._inductor.config.patch(compile_threads=1):  # no processes for that
+        found = json.loads(json.dumps(parts.PARTS[part](bench)))
     text = tables.page({part: found | {"conditions": {"on": "x"}}}, ABOUT, "bench", None)
     assert "the plain loop" in text
     assert "nan" not in text
