@@ -519,7 +519,7 @@ CELL = """
 training = train(config)
 for step in training:
     print(step.step, flush=True)
-    time.sleep(0.2)
+    time.sleep(pause)
 print("interrupted", training.interrupted, "at", training.start_step)
 """
 COUNT = """
@@ -540,10 +540,10 @@ def test_in_a_notebook_the_stop_button_a_second_run_and_a_killed_kernel(config):
     config = config.replace(max_train_steps=8, checkpointing_steps=2)
     setup = (
         "import os, time, warnings\nfrom lora_nb import TrainConfig, train\n"
-        f"config = TrainConfig.from_dict({config.to_dict()!r})\nprint(os.getpid())"
+        f"config = TrainConfig.from_dict({config.to_dict()!r})\nprint(os.getpid())\npause = 0.2"
     )
     again = "import dataclasses\nconfig = dataclasses.replace(config, overwrite=True, checkpointing_steps=500)"
-    killed = CELL.replace("time.sleep(0.2)", "step.step == 5 and os.kill(os.getpid(), 9)")
+    killed = CELL.replace("time.sleep(pause)", "step.step == 5 and os.kill(os.getpid(), 9)")
 
     notebook = nbformat.v4.new_notebook()
     client = NotebookClient(notebook, timeout=120, kernel_name="python3")
@@ -571,7 +571,7 @@ def test_in_a_notebook_the_stop_button_a_second_run_and_a_killed_kernel(config):
         done = len(stopped.splitlines()) - 1
         assert 3 <= done < 8
         assert stopped.endswith(f"interrupted True at {done}\n")
-        rest = run(CELL)
+        rest = run(f"pause = 0\n{CELL}")
         steps = [int(line) for line in rest.splitlines()[:-1]]
         assert steps == list(range(done + 1, 9))
         assert rest.endswith("interrupted False at 8\n")
