@@ -26,7 +26,7 @@ test: $(READY)
 # Two at a time, a thread each: most tests keep one core busy and wait for files. What comes third follows the one that ends
 # first, so that both cores are done at about the same time.
 NOTEBOOKS := tests/test_notebooks.py tests/browser
-COMMANDS := tests/test_launch.py tests/test_published_command.py
+COMMANDS := tests/test_launch.py tests/test_published_command.py tests/test_cli.py
 
 test-package:
 	$(BIN)/python -m pytest $(addprefix --ignore ,$(NOTEBOOKS) $(COMMANDS))
