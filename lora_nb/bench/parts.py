@@ -51,14 +51,20 @@ class Bench:
 
     def theirs(self, steps: int, batch: int = 4, precision: str = "no", **job: Any) -> Result:
         """The reference script, or the plain loop."""
+        return self.runner.run(self.their_job("theirs", steps, batch, precision, **job))
+
+    def their_job(
+        self, folder: str, steps: int, batch: int, precision: str, **job: Any
+    ) -> dict[str, Any]:
+        """A job of the other side, in the named folder."""
         extra = job.pop("extra", ())
         kind = (
             {"kind": "script", "script": str(self.reference)}
             if self.reference
             else {"kind": "plain"}
         )
-        argv = [*self.flags("theirs", steps, batch, precision), *extra]
-        return self.runner.run(kind | {"argv": argv} | job)
+        argv = [*self.flags(folder, steps, batch, precision), *extra]
+        return kind | {"argv": argv} | job
 
     def ours(
         self, kind: str, steps: int, batch: int = 4, precision: str = "no", **job: Any
@@ -70,10 +76,18 @@ class Bench:
         self, folder: str, kind: str, steps: int, batch: int, precision: str = "no", **job: Any
     ) -> Running:
         """The same in the named folder, started and not waited for."""
+        environment = job.pop("environment", {})
+        return self.runner.start(
+            self.our_job(folder, kind, steps, batch, precision, **job), **environment
+        )
+
+    def our_job(
+        self, folder: str, kind: str, steps: int, batch: int, precision: str, **job: Any
+    ) -> dict[str, Any]:
+        """A job of our side, in the named folder, which is emptied first."""
         argv = [*self.flags(folder, steps, batch, precision), "--overwrite"]
         argv += job.pop("extra", ())
-        environment = job.pop("environment", {})
-        return self.runner.start({"kind": kind, "argv": argv} | job, **environment)
+        return {"kind": kind, "argv": argv} | job
 
     def fresh(self) -> dict[str, str]:
         """The environment of a job that finds nothing encoded."""
@@ -107,9 +121,9 @@ class Bench:
 
 
 def training(bench: Bench) -> dict[str, Any]:
-    """Seconds of a steady step, both sides in turn; batch 4 in float32 and bf16, batch 1 in float32.
+    """Seconds of a steady step, a few steps of each side in turn; batch 4 in float32 and bf16, batch 1 in float32.
 
-    At batch 4 our compiled step takes its turn too, where there is a C++ compiler.
+    At batch 4 our compiled step takes its turns too, where there is a C++ compiler, and beside bf16 their float32.
     """
     parity = bench.check_parity()
     rows, steps = [], bench.steps + DROPPED
@@ -121,12 +135,16 @@ def training(bench: Bench) -> dict[str, Any]:
         peaks, wide = [], []
         for _ in range(bench.rounds):
             peaks.append(bench.peak(precision))
-            theirs = bench.theirs(steps, batch, precision)
-            if precision != "no":
-                wide.append(bench.theirs(steps, batch))
+            jobs = [bench.their_job("theirs", steps, batch, precision)]
             for name, extra in variants.items():
-                ours = bench.ours("steady", steps, batch, precision, extra=extra)
+                folder = f"ours-steady{name}"
+                jobs.append(bench.our_job(folder, "steady", steps, batch, precision, extra=extra))
+            if precision != "no":
+                jobs.append(bench.their_job("theirs-wide", steps, batch, "no"))
+            theirs, *found = bench.runner.in_turns(jobs)
+            for name, ours in zip(variants, found, strict=False):
                 pairs[name].append((theirs, ours))
+            wide += found[len(variants) :]
         for name in variants:
             row = _compared(batch, precision, name, pairs[name], max(peaks))
             seconds = zip(wide, pairs[name], strict=False)

@@ -3,18 +3,21 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_nb.bench.worker import SPAWNED
+from lora_nb.bench.worker import SPAWNED, TURN
 from lora_nb.errors import LoraNbError
 
 DROPPED = 5  # first steps that no median counts
+STEPS = 3  # of a job in turns, before it is the next one's
 
 
 class BenchError(LoraNbError):
@@ -85,6 +88,24 @@ class Runner:
         """Run a job to its end; raises BenchError with the last lines it printed if it fails."""
         return self.start(job, **environment).wait()
 
+    def in_turns(self, jobs: Sequence[dict[str, Any]]) -> list[Result]:
+        """Run jobs, one at a time and a few steps of each in turn; raises BenchError if one fails.
+
+        A machine that others use changes its speed within seconds, and so does it for all of them.
+        """
+        running: list[Running] = []
+        try:
+            for job in jobs:
+                running.append(self.start(job, **{TURN: str(STEPS)}))
+                running[-1].stopped()
+            going = running
+            while going := [each for each in going if each.go_on()]:
+                pass
+            return [each.wait() for each in running]
+        finally:
+            for each in running:
+                each.kill()
+
 
 @dataclass
 class Running:
@@ -94,6 +115,27 @@ class Running:
     began: float
     out: Path
     log: Path
+
+    def stopped(self) -> bool:
+        """Wait until it has stopped itself, or ended; whether it has stopped."""
+        of = os.P_PID, self.process.pid
+        if os.waitid(*of, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code != os.CLD_STOPPED:
+            return False
+        os.waitid(*of, os.WSTOPPED)
+        return True
+
+    def go_on(self) -> bool:
+        """Let it go on and wait as `stopped` does; False if it has ended before."""
+        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+            return False
+        os.kill(self.process.pid, signal.SIGCONT)
+        return self.stopped()
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        if self.process.returncode is None:
+            self.process.kill()
+            self.process.wait()
 
     def wait(self) -> Result:
         """Its result; raises BenchError if it failed."""

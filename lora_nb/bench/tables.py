@@ -78,8 +78,8 @@ def _training(part: Part) -> str:
         "## A step\n\n"
         f"Largest difference of the losses of 30 steps at the script's own draws: {parity} (the gates are 1e-6 and "
         "2e-3; bf16 against the script's float32). Clipping is off on our side for that, as the script's does nothing; "
-        f"for the times it is on. Median of {part['steps']} steps after 5, {part['rounds']} rounds, every picture "
-        "encoded before."
+        f"for the times it is on. Median of {part['steps']} steps after 5, {part['rounds']} rounds in which both sides "
+        "took three steps in turn, every picture encoded before."
         f"{mixed}\n\n" + _table(names, rows)
     )
 

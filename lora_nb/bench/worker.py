@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SPAWNED = "LORA_NB_BENCH_SPAWNED"  # when the parent started this process, seconds since 1970
+TURN = "LORA_NB_BENCH_TURN"  # steps after which this process stops, until its parent lets it go on
 
 
 class Clock:
@@ -22,12 +24,17 @@ class Clock:
 
     def __init__(self) -> None:
         self.spawned = float(os.environ[SPAWNED])
+        self.turn = int(os.environ.get(TURN, 0))
         self.steps: list[tuple[float, float, float]] = []
         self.found: dict[str, Any] = {}
 
     def tick(self, loss: float) -> None:
-        """A step has ended."""
+        """A step has ended; for how long the process then stops is not counted."""
         self.steps.append((time.time() - self.spawned, time.process_time(), loss))
+        if self.turn and len(self.steps) % self.turn == 0:
+            before = time.time()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self.spawned += time.time() - before
 
 
 def main(file: str) -> None:

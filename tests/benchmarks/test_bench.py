@@ -1,6 +1,8 @@
 """The benchmark itself, at a size that takes seconds: equal work, plain data, tables; no time is pinned."""
 
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,9 @@ class Here(processes.Runner):
             worker.KINDS[job["kind"]](json.loads(json.dumps(job)), clock)
         result = processes.Result(1.0, time.process_time(), 10**9, clock.steps, clock.found)
         return SimpleNamespace(wait=lambda: result)
+
+    def in_turns(self, jobs):
+        return [self.run(job) for job in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +135,49 @@ def test_a_step_is_the_median_without_the_first_ones():
     result = processes.Result(20.0, 10.0, 1, ends)
     assert result.per_step(0) == 2.0
     assert result.per_step(1) == 1.0
+
+
+class Counting(processes.Runner):
+    """Jobs that only count, and write down whose step it is."""
+
+    def start(self, job, **environment):
+        code = (
+            "import json, pathlib, sys, time; from lora_nb.bench.worker import Clock; clock = Clock()\n"
+            f"for step in range({job['steps']}):\n"
+            f"    time.sleep(0.05); clock.tick(0.0); open({str(self.folder / 'order')!r}, 'a').write({job['name']!r})\n"
+            f"assert {job['name']!r} != 'x'\n"
+            f"pathlib.Path({str(self.folder / job['name'])!r}).write_text(json.dumps({{'steps': clock.steps}}))\n"
+        )
+        seen = self.environment | environment | {worker.SPAWNED: repr(time.time())}
+        log = self.folder / f"{job['name']}.log"
+        with log.open("w") as text:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], env=os.environ | seen, stderr=text
+            )
+        self.started.append(process)
+        return processes.Running(process, time.perf_counter(), self.folder / job["name"], log)
+
+
+def counting(folder):
+    runner = Counting(folder)
+    object.__setattr__(runner, "started", [])
+    return runner
+
+
+def test_jobs_in_turns_run_a_few_steps_each_and_count_only_their_own_time(tmp_path):
+    jobs = [{"name": "a", "steps": 7}, {"name": "b", "steps": 9}]
+    a, b = counting(tmp_path).in_turns(jobs)
+    # A step is written down after the process has gone on.
+    assert (tmp_path / "order").read_text() == "aabbaaabbbaabbbb"[: 7 + 9]
+    assert (len(a.steps), len(b.steps)) == (7, 9)
+    assert max(y[0] - x[0] for x, y in itertools.pairwise(a.steps)) < 0.1
+
+
+def test_a_job_in_turns_that_fails_ends_the_others(tmp_path):
+    runner = counting(tmp_path)
+    with pytest.raises(processes.BenchError, match="AssertionError"):
+        runner.in_turns([{"name": "a", "steps": 9}, {"name": "x", "steps": 4}])
+    assert all(process.returncode is not None for process in runner.started)
 
 
 def test_a_longer_run_is_reckoned_from_its_epochs():
