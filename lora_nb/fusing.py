@@ -128,7 +128,7 @@ def _working(dtype: torch.dtype) -> Any:
         _try(kernels, dtype)
     except (
         Exception
-    ) as error:  # of many kinds: no Triton, no C compiler, a card that it does not know
+    ) as error:  # of many kinds: no Triton, no compiler, a card that it does not know
         words = next(iter(str(error).strip().splitlines()), "")
         warnings.warn(
             f"The fused kernels do not work here ({type(error).__name__}: {words}), so torch's are used, which is "

@@ -249,9 +249,8 @@ def group_norm(
 @triton.jit(do_not_specialize=UNSPECIAL)
 def _add(x, y, bias, out, places, channels, PLACES: tl.constexpr, CHANNELS: tl.constexpr):
     at, _, c, inside, known = _tile(places, channels, PLACES, CHANNELS)
-    total = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(y + at, inside, 0.0).to(
-        tl.float32
-    )
+    total = tl.load(x + at, inside, 0.0).to(tl.float32)
+    total += tl.load(y + at, inside, 0.0).to(tl.float32)
     total += tl.load(bias + c, known, 0.0).to(tl.float32)[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), inside)
 
@@ -280,8 +279,8 @@ def add(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _gated_tile(x, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """This program's part of h and of g in float32, its place in (rows, width), and the share of g that passes."""
-    r = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (r < rows)[:, None] & (c < width)[None, :]
     of = x + r[:, None] * (2 * width) + c[None, :]
     h = tl.load(of, inside, 0.0).to(tl.float32)
@@ -331,9 +330,9 @@ def _sides(y: torch.Tensor) -> tuple[int, int]:
 
 
 def _over(kernel: Any, y: torch.Tensor) -> Any:
-    """The kernel for programs that cover all of y (..., width)."""
+    """The kernel for programs that cover all of y (..., width); a GPU takes 65,535 of them but along the first side."""
     rows, width = _sides(y)
-    return kernel[(triton.cdiv(width, WIDTH), triton.cdiv(rows, ROWS))]
+    return kernel[(triton.cdiv(rows, ROWS), triton.cdiv(width, WIDTH))]
 
 
 def gated_gelu(x: torch.Tensor) -> torch.Tensor:
