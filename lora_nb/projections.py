@@ -60,12 +60,7 @@ class Projection(torch.autograd.Function):
 
 
 def plain_projection(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Any,
-    scale: float,
-    copies: None,
-    *factors: torch.Tensor,
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, scale: float, *factors: torch.Tensor
 ) -> torch.Tensor:
     """What `Projection` computes, for a compiler that writes the backward pass itself."""
     a, b = _stacked(factors, x.dtype)
@@ -161,8 +156,11 @@ class GroupedAttention:
             factors = [layer.lora_A[adapters.ADAPTER].weight for layer in layers]
             factors += [layer.lora_B[adapters.ADAPTER].weight for layer in layers]
             scale = layers[0].scaling[adapters.ADAPTER]
-            project = plain_projection if torch.compiler.is_compiling() else Projection.apply
-            y = project(rows, weight, bias, scale, self._copied(names, factors, x), *factors)
+            if torch.compiler.is_compiling():
+                y = plain_projection(rows, weight, bias, scale, *factors)
+            else:
+                copies = self._copied(names, factors, x)
+                y = Projection.apply(rows, weight, bias, scale, copies, *factors)
         else:
             y = F.linear(rows, weight, bias)
         return y.unflatten(0, x.shape[:2]).split([base.out_features for base in bases], -1)
@@ -171,7 +169,7 @@ class GroupedAttention:
         self, names: tuple[str, ...], factors: list[nn.Parameter], x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The factors stacked in x's dtype, if they are kept so in this step."""
-        if torch.compiler.is_compiling() or not self.fresh or x.dtype == torch.float32:
+        if not self.fresh or x.dtype == torch.float32:
             return None
         if names not in self.copies:
             self.copies[names] = _Copies(factors, x.dtype)

@@ -17,12 +17,6 @@ from lora_nb.trainer import train
 gpu = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def _needs_gpu(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA GPU here")
-
-
 class Torchs(fusing.Torchs):
     """What the kernels compute, on any device; `calls` counts the kinds of them."""
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,8 +138,11 @@ def test_a_step_is_the_median_without_the_first_ones():
     assert result.per_step(1) == 1.0
 
 
+@dataclass(frozen=True)
 class Counting(processes.Runner):
     """Jobs that only count, and write down whose step it is."""
+
+    started: list[subprocess.Popen] = field(default_factory=list)
 
     def start(self, job, **environment):
         code = (
@@ -158,23 +162,17 @@ class Counting(processes.Runner):
         return processes.Running(process, time.perf_counter(), self.folder / job["name"], log)
 
 
-def counting(folder):
-    runner = Counting(folder)
-    object.__setattr__(runner, "started", [])
-    return runner
-
-
 def test_jobs_in_turns_run_a_few_steps_each_and_count_only_their_own_time(tmp_path):
     jobs = [{"name": "a", "steps": 7}, {"name": "b", "steps": 9}]
-    a, b = counting(tmp_path).in_turns(jobs)
+    a, b = Counting(tmp_path).in_turns(jobs)
     # A step is written down after the process has gone on.
-    assert (tmp_path / "order").read_text() == "aabbaaabbbaabbbb"[: 7 + 9]
+    assert (tmp_path / "order").read_text() == "aabbaaabbbaabbbb"
     assert (len(a.steps), len(b.steps)) == (7, 9)
     assert max(y[0] - x[0] for x, y in itertools.pairwise(a.steps)) < 0.1
 
 
 def test_a_job_in_turns_that_fails_ends_the_others(tmp_path):
-    runner = counting(tmp_path)
+    runner = Counting(tmp_path)
     with pytest.raises(processes.BenchError, match="AssertionError"):
         runner.in_turns([{"name": "a", "steps": 9}, {"name": "x", "steps": 4}])
     assert all(process.returncode is not None for process in runner.started)
