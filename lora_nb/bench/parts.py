@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -76,10 +77,7 @@ class Bench:
         self, folder: str, kind: str, steps: int, batch: int, precision: str = "no", **job: Any
     ) -> Running:
         """The same in the named folder, started and not waited for."""
-        environment = job.pop("environment", {})
-        return self.runner.start(
-            self.our_job(folder, kind, steps, batch, precision, **job), **environment
-        )
+        return self.runner.start(self.our_job(folder, kind, steps, batch, precision, **job))
 
     def our_job(
         self, folder: str, kind: str, steps: int, batch: int, precision: str, **job: Any
@@ -141,7 +139,7 @@ def training(bench: Bench) -> dict[str, Any]:
                 jobs.append(bench.our_job(folder, "steady", steps, batch, precision, extra=extra))
             if precision != "no":
                 jobs.append(bench.their_job("theirs-wide", steps, batch, "no"))
-            theirs, *found = bench.runner.in_turns(jobs)
+            theirs, *found = [result for [result] in bench.runner.in_turns([[job] for job in jobs])]
             for name, ours in zip(variants, found, strict=False):
                 pairs[name].append((theirs, ours))
             wide += found[len(variants) :]
@@ -298,43 +296,49 @@ def scaling(bench: Bench) -> dict[str, Any]:
 
 
 def _two_processes(bench: Bench) -> dict[str, Any]:
-    """Wall seconds of a step with one process, and with two that share its pictures; a thread each, in turns.
+    """Wall seconds of a step of one process and of two of one training; a thread each, a few steps of each in turn.
 
-    apart, abreast: what two trainings that exchange nothing get done together, over what one alone does; abreast they
-    begin each step together, as two processes of one training must.
+    flags: two processes with the flags of one, so with steps of twice the pictures. accumulated, batch: one process
+    with such steps too, by accumulation and by its batch. apart: two trainings that exchange nothing.
     """
     steps = bench.steps + DROPPED
-    epoch = bench.pictures // 8  # in which every picture is read for the first time
-    rounds = [
-        (
-            bench.ours("steady", steps, 8).per_step(0),
-            bench.ours("launch", epoch + steps, 4, timed=bench.steps).found["seconds"],
-            bench.ours("steady", steps, 4).per_step(0),
-            _together(bench, steps, abreast=False),
-            _together(bench, steps, abreast=True),
-        )
-        for _ in range(bench.rounds)
-    ]
-    return {
-        "one": statistics.median(round[0] for round in rounds),
-        "two": statistics.median(round[1] for round in rounds),
-        "ratios": [one / two for one, two, *_ in rounds],
-        "apart": [2 * alone / apart for _, _, alone, apart, _ in rounds],
-        "abreast": [2 * alone / abreast for _, _, alone, _, abreast in rounds],
+
+    def job(name: str, batch: int = 4, **job: Any) -> dict[str, Any]:
+        return bench.our_job(f"ours-{name}", "steady", steps, batch, "no", **job)
+
+    rounds = []
+    for _ in range(bench.rounds):
+        sides = {
+            "one": [job("one")],
+            "two": [job("two", environment=rank) for rank in _ranks(2)],
+            "accumulated": [job("accumulated", extra=("--gradient_accumulation_steps", "2"))],
+            "batch": [job("batch", 8)],
+            "apart": [job("apart-a"), job("apart-b")],
+        }
+        found = bench.runner.in_turns(list(sides.values()))
+        rounds.append({name: _step_of(results) for name, results in zip(sides, found, strict=True)})
+    seconds = {name: [each[name] for each in rounds] for name in rounds[0]}
+    ratios = {
+        "flags": [2 * each["one"] / each["two"] for each in rounds],
+        "accumulated": [each["accumulated"] / each["two"] for each in rounds],
+        "batch": [each["batch"] / each["two"] for each in rounds],
+        "apart": [2 * each["one"] / each["apart"] for each in rounds],
     }
+    middle = {name: statistics.median(each) for name, each in seconds.items()}
+    return {"seconds": middle, "ratios": ratios}
 
 
-def _together(bench: Bench, steps: int, abreast: bool) -> float:
-    """Wall seconds of a step of batch 4 in two trainings at once, the mean of both."""
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        pipes = [str(Path(folder) / name) for name in "ab"]
-        for pipe in pipes:
-            os.mkfifo(pipe)
-        jobs = [{"pipes": order} for order in (pipes, pipes[::-1])] if abreast else [{}, {}]
-        both = [
-            bench.begin(f"ours-beside-{i}", "steady", steps, 4, **job) for i, job in enumerate(jobs)
-        ]
-        return statistics.mean(running.wait().per_step(0) for running in both)
+def _ranks(number: int) -> list[dict[str, str]]:
+    """What each process of one training finds in its environment, as `accelerate launch` leaves it there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+def _step_of(results: list[Result]) -> float:
+    return statistics.mean(result.per_step(0) for result in results)
 
 
 def _neighbour(bench: Bench) -> list[dict[str, Any]]:

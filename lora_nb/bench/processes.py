@@ -76,7 +76,8 @@ class Runner:
         name = f"{job['kind']}-{time.time_ns()}"
         file, out, log = (jobs / f"{name}.{end}" for end in ("json", "out", "log"))
         file.write_text(json.dumps(job | {"out": str(out)}))
-        seen = os.environ | self.environment | environment | {SPAWNED: repr(time.time())}
+        own = job.get("environment", {}) | environment
+        seen = os.environ | self.environment | own | {SPAWNED: repr(time.time())}
         with log.open("w") as text:
             process = subprocess.Popen(
                 [sys.executable, "-m", "lora_nb.bench.worker", str(file)],
@@ -88,22 +89,23 @@ class Runner:
         """Run a job to its end; raises BenchError with the last lines it printed if it fails."""
         return self.start(job, **environment).wait()
 
-    def in_turns(self, jobs: Sequence[dict[str, Any]]) -> list[Result]:
-        """Run jobs, one at a time and a few steps of each in turn; raises BenchError if one fails.
+    def in_turns(self, sides: Sequence[Sequence[dict[str, Any]]]) -> list[list[Result]]:
+        """Run sides, one at a time and a few steps of each in turn; raises BenchError if a job fails.
 
-        A machine that others use changes its speed within seconds, and so does it for all of them.
+        The jobs of one side run at the same time. A machine that others use changes its speed within seconds, and so it
+        does for all sides.
         """
-        running: list[Running] = []
+        running: list[list[Running]] = []
         try:
-            for job in jobs:
-                running.append(self.start(job, **{TURN: str(STEPS)}))
-                running[-1].stopped()
+            for jobs in sides:
+                running.append([self.start(job, **{TURN: str(STEPS)}) for job in jobs])
+                _until_they_stop(running[-1])
             going = running
-            while going := [each for each in going if each.go_on()]:
+            while going := [side for side in going if _go_on(side)]:
                 pass
-            return [each.wait() for each in running]
+            return [[each.wait() for each in side] for side in running]
         finally:
-            for each in running:
+            for each in itertools.chain(*running):
                 each.kill()
 
 
@@ -124,12 +126,9 @@ class Running:
         os.waitid(*of, os.WSTOPPED)
         return True
 
-    def go_on(self) -> bool:
-        """Let it go on and wait as `stopped` does; False if it has ended before."""
-        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-            return False
+    def go_on(self) -> None:
+        """Let it go on, if it has stopped."""
         os.kill(self.process.pid, signal.SIGCONT)
-        return self.stopped()
 
     def kill(self) -> None:
         """End it, if it has not ended."""
@@ -149,3 +148,15 @@ class Running:
         unit = 1 if sys.platform == "darwin" else 1024
         memory = unit * used.ru_maxrss
         return Result(wall, used.ru_utime + used.ru_stime, memory, found.pop("steps"), found)
+
+
+def _go_on(side: list[Running]) -> bool:
+    """Let all go on together, and wait until they have stopped again; whether any has."""
+    for each in side:
+        each.go_on()
+    return _until_they_stop(side)
+
+
+def _until_they_stop(side: list[Running]) -> bool:
+    stopped = [each.stopped() for each in side]
+    return any(stopped)

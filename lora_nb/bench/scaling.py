@@ -7,35 +7,41 @@ from typing import Any
 from lora_nb import data
 from lora_nb.config import TrainConfig
 
-BATCHES = 40  # timed ones, spread over the epoch
+BATCHES = 40  # timed ones of each size
+WARM = 5  # that no median counts
 
 
 def measure(config: TrainConfig, sizes: list[int]) -> list[dict[str, Any]]:
-    """Median CPU seconds of the steps of a run whose index has so many rows.
+    """Median CPU seconds of the steps of a run whose index has so many rows; the runs take turns, step by step.
 
     The rows are those of the given pictures over and over, so everything but their number is alike: each file is read,
     and each picture found in the cache, as its own row would be.
     """
-    return [{"pictures": size, "step": _step(config, size)} for size in sizes]
+    trainings = [_training(config, size) for size in sizes]
+    times = [[_step(training, done) for training in trainings] for done in range(BATCHES)]
+    for training in trainings:
+        training.lock.release()
+    steps = [median(column) for column in zip(*times[WARM:], strict=True)]
+    return [{"pictures": size, "step": step} for size, step in zip(sizes, steps, strict=True)]
 
 
-def _step(config: TrainConfig, size: int) -> float:
+def _training(config: TrainConfig, size: int) -> Any:
     from lora_nb.trainer import train
 
     training = train(
         config.replace(overwrite=True, output_dir=f"{config.output_dir}-{size}", max_train_steps=1)
     )
     _repeat(training.pictures, size)
-    times = []
     data.row_at(0, size, training.config.seed)  # once an epoch, and reported apart
-    for done in range(0, BATCHES):
-        for _ in training.batches.of(done, 0, config.train_batch_size):
-            pass  # encoded now, so that only the step is timed
-        began = time.process_time()
-        training._step(done)
-        times.append(time.process_time() - began)
-    training.lock.release()
-    return median(times[5:])
+    return training
+
+
+def _step(training: Any, done: int) -> float:
+    for _ in training.batches.of(done, 0, training.config.train_batch_size):
+        pass  # encoded now, so that only the step is timed
+    began = time.process_time()
+    training._step(done)
+    return time.process_time() - began
 
 
 def _repeat(pictures: Any, size: int) -> None:

@@ -178,13 +178,25 @@ def _scaling(part: Part) -> str:
         for row in part["neighbour"]
     ]
     return (
-        "## Growth\n\nA step of batch 4, by the number of pictures in the index (the same 200 over and over).\n\n"
+        "## Growth\n\nA step of batch 4, by the number of pictures in the index (the same 200 over and over); the rows "
+        "took turns, step by step.\n\n"
         + _table(("pictures", "a step, CPU"), sizes)
-        + f"\nEight pictures a step: one process {two['one']:.3f} s, two processes of one thread each "
-        f"{two['two']:.3f} s (wall), a ratio of {spread(two['ratios'])}. What these cores give: two trainings of batch "
-        f"4 that know nothing of each other get {spread(two['apart'])} times the work of one done, and "
-        f"{spread(two['abreast'])} times if they begin each step together, as two processes of one training must; "
-        "nothing is exchanged in either.\n\n"
+        + "\n## Two processes\n\nTwo processes of one training on two cores, one thread and batch 4 in each, so eight "
+        f"pictures a step: {two['seconds']['two']:.3f} s (wall; all rows a few steps in turn). The ratio is of the "
+        "pictures done in equal time.\n\n"
+        + _table(
+            ("against", "a step", "ratio"),
+            [
+                (against, f"{two['seconds'][side]:.3f} s", spread(two["ratios"][ratio]))
+                for against, side, ratio in (
+                    ("one process with the same flags, four pictures a step", "one", "flags"),
+                    ("one that accumulates two batches of four", "accumulated", "accumulated"),
+                    ("one with batch 8", "batch", "batch"),
+                    ("(two trainings that exchange nothing, to one of them)", "apart", "apart"),
+                )
+            ],
+        )
+        + "\n"
         "## A busy neighbour\n\nA step of batch 4 beside a process that keeps a core busy, wall seconds. With more "
         "than one thread the fast ones wait for the one that shares its core.\n\n"
         + _table(("threads", "GOMP_SPINCOUNT", "alone", "beside", "times as long"), beside)

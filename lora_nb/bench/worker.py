@@ -11,7 +11,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,8 @@ def _steady(job: dict[str, Any], clock: Clock) -> None:
     for position in range(len(training.pictures)):
         training.cache.batch([position])
     clock.found["encoding"] = time.perf_counter() - began
-    meet = _meeting(*job["pipes"]) if "pipes" in job else lambda: None
     for step in training:
         clock.tick(step.loss)
-        meet()
-
-
-def _meeting(ours: str, theirs: str) -> Callable[[], Any]:
-    """What waits, by two named pipes, until another training has come as far."""
-    # Open for both directions, so that opening waits for nobody.
-    here, there = (os.open(pipe, os.O_RDWR) for pipe in (ours, theirs))
-    return lambda: os.write(there, b".") and os.read(here, 1)
 
 
 def _replay(job: dict[str, Any], clock: Clock) -> None:
@@ -187,14 +178,6 @@ def _scaling(job: dict[str, Any], clock: Clock) -> None:
     clock.found["rows"] = measure(_config(job), job["sizes"])
 
 
-def _launch(job: dict[str, Any], clock: Clock) -> None:
-    """Wall seconds of a step of two processes that share its pictures, all between two of the last steps counted."""
-    from lora_nb.launch import Launch
-
-    seen = [time.perf_counter() for _ in Launch(_config(job), 2)]
-    clock.found["seconds"] = (seen[-1] - seen[-1 - job["timed"]]) / job["timed"]
-
-
 def _spin(job: dict[str, Any], clock: Clock) -> None:
     """Keep one core busy until killed."""
     while True:
@@ -219,7 +202,6 @@ KINDS = {
     "run": _run,
     "switches": _switches,
     "scaling": _scaling,
-    "launch": _launch,
     "spin": _spin,
     "peak": _peak,
 }

@@ -34,7 +34,8 @@ class Here(processes.Runner):
 
     def start(self, job, **environment):
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in ({worker.SPAWNED: repr(time.time())} | environment).items():
+            own = {worker.SPAWNED: repr(time.time())} | job.get("environment", {}) | environment
+            for name, value in own.items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", sys.argv)
             clock = worker.Clock()
@@ -42,8 +43,8 @@ class Here(processes.Runner):
         result = processes.Result(1.0, time.process_time(), 10**9, clock.steps, clock.found)
         return SimpleNamespace(wait=lambda: result)
 
-    def in_turns(self, jobs):
-        return [self.run(job) for job in jobs]
+    def in_turns(self, sides):
+        return [[self.run(job) for job in jobs] for jobs in sides]
 
 
 @pytest.fixture(scope="module")
@@ -163,18 +164,29 @@ class Counting(processes.Runner):
 
 
 def test_jobs_in_turns_run_a_few_steps_each_and_count_only_their_own_time(tmp_path):
-    jobs = [{"name": "a", "steps": 7}, {"name": "b", "steps": 9}]
-    a, b = Counting(tmp_path).in_turns(jobs)
+    sides = [[{"name": "a", "steps": 7}], [{"name": "b", "steps": 9}]]
+    [a], [b] = Counting(tmp_path).in_turns(sides)
     # A step is written down after the process has gone on.
     assert (tmp_path / "order").read_text() == "aabbaaabbbaabbbb"
     assert (len(a.steps), len(b.steps)) == (7, 9)
     assert max(y[0] - x[0] for x, y in itertools.pairwise(a.steps)) < 0.1
 
 
+def test_jobs_of_one_side_run_together(tmp_path):
+    sides = [[{"name": "a", "steps": 6}, {"name": "b", "steps": 3}], [{"name": "c", "steps": 6}]]
+    [a, b], [c] = Counting(tmp_path).in_turns(sides)
+    order = (tmp_path / "order").read_text()
+    assert (len(a.steps), len(b.steps), len(c.steps)) == (6, 3, 6)
+    # Of its three steps a turn each writes two down before it stops, and the third once it goes on.
+    assert sorted(order[:4]) == list("aabb")
+    assert order[4:6] == "cc"
+    assert order.endswith("c")
+
+
 def test_a_job_in_turns_that_fails_ends_the_others(tmp_path):
     runner = Counting(tmp_path)
     with pytest.raises(processes.BenchError, match="AssertionError"):
-        runner.in_turns([{"name": "a", "steps": 9}, {"name": "x", "steps": 4}])
+        runner.in_turns([[{"name": "a", "steps": 9}], [{"name": "x", "steps": 4}]])
     assert all(process.returncode is not None for process in runner.started)
 
 
