@@ -4,6 +4,8 @@ torch has them laid out anew at every call, which takes longer than a small conv
 memory as the weights, twice: one is for the gradient.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ ONES = (1, 1)  # stride and dilation
 def pack(network: nn.Module) -> int:
     """Let the convolutions that can compute so in steps with gradients; returns how many do.
 
-    Those of stride 1 in bfloat16 on a CPU that knows it. Without gradients a convolution is torch's own, and weights
-    that were moved are packed again.
+    Those of stride 1 in bfloat16 on a CPU that knows it. Without gradients a convolution is torch's own, as something
+    may have been merged into it, unless inside `drawing`; weights that were moved are packed again.
     """
     unpack(network)
     found = [m for m in network.modules() if type(m) is nn.Conv2d and _can(m)]
@@ -40,6 +42,20 @@ def unpack(network: nn.Module) -> None:
             del module.forward
 
 
+@contextmanager
+def drawing(network: nn.Module) -> Iterator[None]:
+    """Inside, packed convolutions compute so without gradients too; nothing may be merged into them there."""
+    forwards = [vars(module).get("forward") for module in network.modules()]
+    packed = [forward for forward in forwards if isinstance(forward, _Forward)]
+    for forward in packed:
+        forward.drawing = True
+    try:
+        yield
+    finally:
+        for forward in packed:
+            forward.drawing = False
+
+
 def _can(conv: nn.Conv2d) -> bool:
     return (
         _fits(conv.weight)
@@ -55,7 +71,9 @@ def _fits(tensor: torch.Tensor) -> bool:
 
 
 class _Forward:
-    """The forward of a convolution: by packed weights where there are gradients, its own elsewhere."""
+    """The forward of a convolution: by packed weights where there are gradients or it draws, its own elsewhere."""
+
+    drawing = False
 
     def __init__(self, conv: nn.Conv2d):
         self.conv, self.address = conv, None
@@ -65,8 +83,8 @@ class _Forward:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
-        usual = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        if usual or not (_fits(x) and _fits(conv.weight)):
+        wanted = self.drawing or torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or not wanted or not (_fits(x) and _fits(conv.weight)):
             return type(conv).forward(conv, x)
         if self.address != conv.weight.data_ptr():
             self._pack(conv.weight.detach())

@@ -19,6 +19,10 @@ from torch.autograd.function import once_differentiable
 from lora_nb import adapters
 from lora_nb.families import Family, network
 
+SMALL = (
+    128 * 128
+)  # entries of a weight up to which a CPU multiplies them sooner than it starts one more product
+
 
 class Projection(torch.autograd.Function):
     """x W^T + b + scale (x A^T) B^T for layers of one shape side by side (Hu et al. 2021, equation 3).
@@ -67,6 +71,21 @@ def plain_projection(
     branches = torch.bmm(_by_layer(x @ a.T, len(b)), b.mT)
     y = _by_layer(F.linear(x, weight, bias), len(b)) + scale * branches
     return y.transpose(0, 1).flatten(1)
+
+
+def summed_projection(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, scale: float, *factors: torch.Tensor
+) -> torch.Tensor:
+    """What `Projection` computes, with weights W + scale B A that are made for it: fewer products, and wider ones."""
+    half = len(factors) // 2
+    a, b = torch.stack(factors[:half]), torch.stack(factors[half:])
+    weight = torch.baddbmm(weight.unflatten(0, (half, -1)), b, a, alpha=scale)
+    return F.linear(x, weight.flatten(0, 1), bias)
+
+
+def _small(x: torch.Tensor, weight: torch.Tensor, layers: int) -> bool:
+    """Whether it is sooner done with summed weights; half precision would round away what is added to them."""
+    return not x.is_cuda and x.dtype == torch.float32 and weight.numel() <= layers * SMALL
 
 
 def _stacked(
@@ -156,7 +175,9 @@ class GroupedAttention:
             factors = [layer.lora_A[adapters.ADAPTER].weight for layer in layers]
             factors += [layer.lora_B[adapters.ADAPTER].weight for layer in layers]
             scale = layers[0].scaling[adapters.ADAPTER]
-            if torch.compiler.is_compiling():
+            if _small(rows, weight, len(layers)):
+                y = summed_projection(rows, weight, bias, scale, *factors)
+            elif torch.compiler.is_compiling():
                 y = plain_projection(rows, weight, bias, scale, *factors)
             else:
                 copies = self._copied(names, factors, x)

@@ -10,6 +10,7 @@ from torch import nn
 from lora_nb import packing
 from lora_nb.config import LoraSpec
 from lora_nb.families import load_family, network
+from lora_nb.inference import with_samples
 from lora_nb.trainer import train
 
 pytestmark = pytest.mark.skipif(
@@ -90,6 +91,34 @@ def test_it_is_torchs_without_gradients_and_after_a_move():
     assert both(conv, x.float())[0].dtype == torch.float32
     packing.unpack(conv)
     assert "forward" not in vars(conv)
+
+
+def test_drawing_takes_the_packed_weights_and_gives_them_back():
+    conv = convolution(8, 8, 3, padding=1)
+    x = torch.randn(1, 8, 6, 6).bfloat16()
+    with torch.no_grad():
+        plain = conv(x)
+        packing.pack(conv)
+        with packing.drawing(conv):
+            drawn = conv(x)
+        assert conv.forward.address is not None
+        torch.testing.assert_close(drawn, plain, atol=0, rtol=2e-2)
+        conv.weight.data *= 2  # as a merge does, which leaves no trace
+        conv.bias.data *= 2
+        torch.testing.assert_close(conv(x), 2 * plain, atol=0, rtol=0)
+
+
+def test_samples_in_bf16_are_drawn_with_packed_weights(config, monkeypatch):
+    ran, call = [], packing._Packed.__call__
+    monkeypatch.setattr(
+        packing._Packed,
+        "__call__",
+        lambda *a: ran.append(torch.is_grad_enabled()) or call(*a),
+    )
+    run = config.replace(mixed_precision="bf16", max_train_steps=1, num_inference_steps=2)
+    training = train(run.replace(validation_prompts=("a cat",), num_validation_images=1))
+    list(with_samples(training))
+    assert ran.count(False) > 10  # every step of a picture has ten such convolutions
 
 
 def test_a_packed_network_can_be_copied_and_kept():

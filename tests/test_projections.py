@@ -35,6 +35,13 @@ def adapted(model, dtype=torch.float32, seed=5, **spec):
     return family
 
 
+@pytest.fixture(params=["small", "large"])
+def size(request, monkeypatch):
+    """Layers of any size as small ones, whose branches are added to the weights, or as large ones."""
+    monkeypatch.setattr(projections, "SMALL", {"small": 10**9, "large": 0}[request.param])
+
+
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize(
     "spec",
     [
@@ -57,6 +64,7 @@ def test_prediction_and_gradients_are_those_of_peft(tiny_sd, spec):
     assert torch.equal(outputs(family)[0], plain)
 
 
+@pytest.mark.usefixtures("size")
 def test_recomputed_activations_give_the_same_gradients(tiny_sd):
     family = adapted(tiny_sd)
     projections.group(family)
@@ -68,17 +76,34 @@ def test_recomputed_activations_give_the_same_gradients(tiny_sd):
 
 
 def test_it_is_the_grouped_product_that_runs(tiny_sd, monkeypatch):
-    family, calls = adapted(tiny_sd), []
-    apply = projections.Projection.apply
-    monkeypatch.setattr(
-        projections.Projection, "apply", lambda *a: calls.append(len(a[5:]) // 2) or apply(*a)
-    )
+    family, small, large = adapted(tiny_sd), [], []
+    summed, apply = projections.summed_projection, projections.Projection.apply
+    count = {
+        "summed_projection": lambda *a: small.append(len(a[4:]) // 2) or summed(*a),
+        "Projection.apply": lambda *a: large.append(len(a[5:]) // 2) or apply(*a),
+    }
+    for name, call in count.items():
+        monkeypatch.setattr(f"lora_nb.projections.{name}", call)
     layers = projections.group(family)
-    outputs(family)
     # Cross attention has q, then k and v; self attention has all three; and each an output.
-    assert sorted(calls) == sorted([1, 2, 1] * (layers // 2) + [3, 1] * (layers // 2))
+    expected = sorted([1, 2, 1] * (layers // 2) + [3, 1] * (layers // 2))
+    outputs(family)
+    assert (sorted(small), large) == (expected, [])
+    small.clear()
+    monkeypatch.setattr(projections, "SMALL", 0)
+    outputs(family)
+    assert (small, sorted(large)) == ([], expected)
 
 
+def test_half_precision_is_never_summed(tiny_sd, monkeypatch):
+    """What rounding takes of a weight in bfloat16 is more than a step of an adapter adds to it."""
+    family = adapted(tiny_sd, torch.bfloat16)
+    projections.group(family)
+    monkeypatch.delattr(projections, "summed_projection")
+    outputs(family)
+
+
+@pytest.mark.usefixtures("size")
 def test_scaling_rank_stabilised_or_by_block_is_followed(tiny_sd):
     family = adapted(tiny_sd)
     for factor in (5 / 3**0.5, 0.0):

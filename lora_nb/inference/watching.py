@@ -3,14 +3,15 @@
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_nb import adapters, trackers
+from lora_nb import adapters, packing, trackers
 from lora_nb.errors import NumericsError
+from lora_nb.families import network
 from lora_nb.inference.attach import fused, modules
 from lora_nb.inference.drawing import generate
 from lora_nb.run_folder import read_history
@@ -71,12 +72,14 @@ def draw_samples(training: Any, label: str, step: int) -> list[Path]:
     As in `with_samples`: a line in the history, and no trace in the training. Returns the files by prompt and seed.
     Samples that are not finite are left out and black ones are kept, both with a warning: training itself goes on.
     """
-    config, pipeline = training.config, training.family.pipeline()
+    config, family = training.config, training.family
+    pipeline = family.pipeline()
     began = time.perf_counter()
     seeds = [config.seed + s for s in range(config.num_validation_images)]
     # Merging rounds in half precision; there the samples keep the adapters apart, as training does.
-    merged = fused(pipeline) if training.family.dtype == torch.float32 else nullcontext()
-    with _left_as_it_was(training.family), merged:
+    exact = family.dtype == torch.float32
+    drawing = fused(pipeline) if exact else packing.drawing(network(family))
+    with _left_as_it_was(family), drawing:
         try:
             pictures = generate(
                 pipeline,
