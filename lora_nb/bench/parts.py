@@ -235,27 +235,36 @@ def _until(side: Result, end: float, step: int, epoch: int) -> float:
 
 
 def validation(bench: Bench) -> dict[str, Any]:
-    """Four sample pictures of 30 denoising steps: the script draws one by one, ours in one batch."""
-    rows, theirs = [], []
-    for precision in ("no", "bf16"):
-        ours, peaks = [], []
-        for _ in range(min(2, bench.rounds)):
-            if bench.reference and precision == "no":
-                found = bench.theirs(1, extra=PICTURE)
-                theirs.append(statistics.median(found.found["pictures"]))
-            peaks.append(bench.peak(precision))
-            found = bench.ours("validation", 2, 4, precision, extra=PICTURE)
-            ours.append(statistics.median(found.found["pictures"]))
-        rows.append(
-            {
-                "precision": precision,
-                "theirs": theirs and statistics.median(theirs),
-                "ours": statistics.median(ours),
-                "ratios": [a / b for a, b in zip(theirs, ours, strict=False)],
-                "difference": found.found.get("difference"),
-                "least": found.found["flop"] / max(peaks) / 1e9,
-            }
-        )
+    """Four sample pictures of 30 denoising steps: the script draws one by one, ours in one batch, in turn."""
+    middle = statistics.median
+    sides: dict[str, list[Result]] = {"no": [], "bf16": [], "theirs": []}
+    peaks: dict[str, list[float]] = {"no": [], "bf16": []}
+    for _ in range(min(2, bench.rounds)):
+        jobs = []
+        for precision, found in peaks.items():
+            found.append(bench.peak(precision))
+            job = {"extra": PICTURE, "sets": bench.rounds}
+            folder = f"ours-validation-{precision}"
+            jobs.append([bench.our_job(folder, "validation", 2, 4, precision, **job)])
+        if bench.reference:
+            jobs.append([bench.their_job("theirs", 1, 4, "no", extra=PICTURE)])
+        for side, [result] in zip(sides.values(), bench.runner.in_turns(jobs), strict=False):
+            side.append(result)
+    times = {
+        name: [middle(side.found["pictures"]) for side in found] for name, found in sides.items()
+    }
+    theirs = times.pop("theirs")
+    rows = [
+        {
+            "precision": precision,
+            "theirs": theirs and middle(theirs),
+            "ours": middle(ours),
+            "ratios": [a / b for a, b in zip(theirs, ours, strict=False)],
+            "difference": sides[precision][-1].found.get("difference"),
+            "least": sides[precision][-1].found["flop"] / max(peaks[precision]) / 1e9,
+        }
+        for precision, ours in times.items()
+    ]
     return {"rows": rows}
 
 
@@ -264,16 +273,18 @@ def startup(bench: Bench) -> dict[str, Any]:
     bench.theirs(1)  # writes its own table of the pictures, which every later run reads
     sides: dict[str, list[float]] = {"theirs": [], "ours": [], "ours again": []}
     importing = []
-    for _ in range(bench.rounds):
+    for _ in range(2 * bench.rounds):
         cold = bench.fresh()
         sides["theirs"].append(bench.theirs(1).steps[0][1])
         sides["ours"].append(bench.ours("command", 1, environment=cold).steps[0][1])
         sides["ours again"].append(bench.ours("command", 1, environment=cold).steps[0][1])
         importing.append(_import_seconds())
-    middle = {name: statistics.median(values) for name, values in sides.items()}
     return {
-        "seconds": middle,
-        "ratios": {name: middle["theirs"] / middle[name] for name in ("ours", "ours again")},
+        "seconds": {name: statistics.median(values) for name, values in sides.items()},
+        "ratios": {
+            name: [a / b for a, b in zip(sides["theirs"], sides[name], strict=True)]
+            for name in ("ours", "ours again")
+        },
         "import": statistics.median(importing),
     }
 

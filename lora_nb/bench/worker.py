@@ -29,9 +29,14 @@ class Clock:
         self.found: dict[str, Any] = {}
 
     def tick(self, loss: float) -> None:
-        """A step has ended; for how long the process then stops is not counted."""
+        """A step has ended, and with it perhaps a turn."""
         self.steps.append((time.time() - self.spawned, time.process_time(), loss))
         if self.turn and len(self.steps) % self.turn == 0:
+            self.stop()
+
+    def stop(self) -> None:
+        """In turns, stop the process until its parent lets it go on; how long that is does not count."""
+        if self.turn:
             before = time.time()
             os.kill(os.getpid(), signal.SIGSTOP)
             self.spawned += time.time() - before
@@ -111,7 +116,7 @@ def _replay(job: dict[str, Any], clock: Clock) -> None:
 
 
 def _validation(job: dict[str, Any], clock: Clock) -> None:
-    """Our sample pictures of one validation, with the adapter merged: CPU seconds and arithmetic of one.
+    """Our sample pictures of some validations: CPU seconds of one by set, a turn each, and arithmetic of one.
 
     In float32 also the largest difference to pictures drawn one by one.
     """
@@ -124,9 +129,12 @@ def _validation(job: dict[str, Any], clock: Clock) -> None:
     training = train(_config(job))
     next(iter(training))
     draw_samples(training, "warm", 1)
-    began = time.process_time()
-    draw_samples(training, "timed", 1)
-    clock.found["pictures"] = [(time.process_time() - began) / 4] * 4
+    times = clock.found["pictures"] = []
+    for _ in range(job["sets"]):
+        began = time.process_time()
+        draw_samples(training, "timed", 1)
+        times.append((time.process_time() - began) / 4)
+        clock.stop()
     with FlopCounterMode(display=False) as counter:
         draw_samples(training, "counted", 1)
     clock.found["flop"] = counter.get_total_flops() / 4
@@ -249,7 +257,7 @@ def _watched_bar(clock: Clock) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timed_pictures(job: dict[str, Any], clock: Clock) -> Iterator[None]:
-    """CPU seconds of every picture that a Stable Diffusion pipeline draws, by drawing order."""
+    """CPU seconds of every picture that a Stable Diffusion pipeline draws, by drawing order; a turn each."""
     if "--validation_prompt" not in job["argv"]:  # importing the pipeline early would cost
         yield
         return
@@ -261,6 +269,7 @@ def _timed_pictures(job: dict[str, Any], clock: Clock) -> Iterator[None]:
         began = time.process_time()
         result = plain(self, *args, **options)
         times.append(time.process_time() - began)
+        clock.stop()
         return result
 
     StableDiffusionPipeline.__call__ = timed
