@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from lora_nb import adapters, projections
 from lora_nb.config import LoraSpec
 from lora_nb.families import load_family
-from lora_nb.inference import fused, generate, use_adapter
+from lora_nb.inference import draw_samples, fused, generate, use_adapter
 from lora_nb.trainer import train
 
 
@@ -236,3 +237,21 @@ def test_a_second_training_makes_its_own_copies(tiny_sd):
     plain = outputs(family)
     with projections.Copies(family.unet).fresh():
         torch.testing.assert_close(outputs(family), plain, atol=0, rtol=0)
+
+
+def test_samples_in_bf16_take_the_copies_of_a_step(config, monkeypatch):
+    run = config.replace(mixed_precision="bf16", max_train_steps=1, num_inference_steps=2)
+    training = train(run.replace(validation_prompts=("a cat",), num_validation_images=1))
+    list(training)
+    with torch.no_grad():
+        for weight in training.learner.all_weights():
+            weight.add_(0.1)
+    made, stacked = [], projections._stacked
+    monkeypatch.setattr(projections, "_stacked", lambda *a: made.append(1) or stacked(*a))
+    [file] = draw_samples(training, "copies", 1)
+    assert not made
+    drawn = Image.open(file).tobytes()
+    monkeypatch.setattr(training.learner, "copies", projections.Copies(torch.nn.Module()))
+    [file] = draw_samples(training, "cast", 1)
+    assert made
+    assert Image.open(file).tobytes() == drawn

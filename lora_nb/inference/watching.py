@@ -78,8 +78,7 @@ def draw_samples(training: Any, label: str, step: int) -> list[Path]:
     seeds = [config.seed + s for s in range(config.num_validation_images)]
     # Merging rounds in half precision; there the samples keep the adapters apart, as training does.
     exact = family.dtype == torch.float32
-    drawing = fused(pipeline) if exact else packing.drawing(network(family))
-    with _left_as_it_was(family), drawing:
+    with _left_as_it_was(family), fused(pipeline) if exact else _as_in_a_step(training):
         try:
             pictures = generate(
                 pipeline,
@@ -116,6 +115,13 @@ def _alarm(training: Any, step: int, what: str) -> None:
     )
     training.history.record("alarm", step=step, message=text)
     warnings.warn(text, stacklevel=4)
+
+
+@contextmanager
+def _as_in_a_step(training: Any) -> Iterator[None]:
+    """Inside, the network computes by what a step keeps for it: packed convolutions, adapters cast once."""
+    with packing.drawing(network(training.family)), training.learner.copies.fresh():
+        yield
 
 
 @contextmanager
