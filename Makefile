@@ -21,7 +21,7 @@ course: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks test-commands $(ALSO)
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-package test-notebooks $(ALSO) test-commands
 
 # Two at a time, a thread each: most tests keep one core busy and wait for files. What comes third follows the one that ends
 # first, so that both cores are done at about the same time.
