@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from lora_nb import adapters
 from lora_nb.families import Family, network
 
-SMALL = (
-    128 * 128
-)  # entries of a weight up to which a CPU multiplies them sooner than it starts one more product
+# Entries of a layer's weight up to which a CPU has multiplied them before it has started one more product.
+SMALL = 128 * 128
 
 
 class Projection(torch.autograd.Function):
@@ -77,15 +76,15 @@ def summed_projection(
     x: torch.Tensor, weight: torch.Tensor, bias: Any, scale: float, *factors: torch.Tensor
 ) -> torch.Tensor:
     """What `Projection` computes, with weights W + scale B A that are made for it: fewer products, and wider ones."""
-    half = len(factors) // 2
-    a, b = torch.stack(factors[:half]), torch.stack(factors[half:])
-    weight = torch.baddbmm(weight.unflatten(0, (half, -1)), b, a, alpha=scale)
-    return F.linear(x, weight.flatten(0, 1), bias)
+    a, b = _stacked(factors, x.dtype)
+    weight, a = (each.unflatten(0, (len(b), -1)) for each in (weight, a))
+    return F.linear(x, torch.baddbmm(weight, b, a, alpha=scale).flatten(0, 1), bias)
 
 
 def _small(x: torch.Tensor, weight: torch.Tensor, layers: int) -> bool:
     """Whether it is sooner done with summed weights; half precision would round away what is added to them."""
-    return not x.is_cuda and x.dtype == torch.float32 and weight.numel() <= layers * SMALL
+    plain = x.device.type == "cpu" and x.dtype == torch.float32
+    return plain and weight.numel() <= layers * SMALL
 
 
 def _stacked(

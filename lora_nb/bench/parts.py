@@ -371,7 +371,7 @@ def _alone_and_beside(bench: Bench, environment: dict[str, str]) -> tuple[float,
         return bench.ours("steady", steps, environment=environment).per_step(0)
 
     quiet = step()
-    busy = bench.runner.start({"kind": "spin"}, OMP_NUM_THREADS="1")
+    busy = bench.runner.start({"kind": "spin", "environment": {"OMP_NUM_THREADS": "1"}})
     try:
         return quiet, step()
     finally:

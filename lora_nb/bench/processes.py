@@ -69,15 +69,15 @@ class Runner:
             "PYTHONWARNINGS": "ignore",
         }
 
-    def start(self, job: dict[str, Any], **environment: str) -> "Running":
-        """Start a job and do not wait for it."""
+    def start(self, job: dict[str, Any]) -> "Running":
+        """Start a job and do not wait for it; its `environment` is added to that of all."""
         jobs = self.folder / "jobs"
         jobs.mkdir(parents=True, exist_ok=True)
         name = f"{job['kind']}-{time.time_ns()}"
         file, out, log = (jobs / f"{name}.{end}" for end in ("json", "out", "log"))
         file.write_text(json.dumps(job | {"out": str(out)}))
-        own = job.get("environment", {}) | environment
-        seen = os.environ | self.environment | own | {SPAWNED: repr(time.time())}
+        seen = os.environ | self.environment | job.get("environment", {})
+        seen[SPAWNED] = repr(time.time())
         with log.open("w") as text:
             process = subprocess.Popen(
                 [sys.executable, "-m", "lora_nb.bench.worker", str(file)],
@@ -85,9 +85,9 @@ class Runner:
             )  # fmt: skip
         return Running(process, time.perf_counter(), out, log)
 
-    def run(self, job: dict[str, Any], **environment: str) -> Result:
+    def run(self, job: dict[str, Any]) -> Result:
         """Run a job to its end; raises BenchError with the last lines it printed if it fails."""
-        return self.start(job, **environment).wait()
+        return self.start(job).wait()
 
     def in_turns(self, sides: Sequence[Sequence[dict[str, Any]]]) -> list[list[Result]]:
         """Run sides, one at a time and a few steps of each in turn; raises BenchError if a job fails.
@@ -98,7 +98,7 @@ class Runner:
         running: list[list[Running]] = []
         try:
             for jobs in sides:
-                running.append([self.start(job, **{TURN: str(STEPS)}) for job in jobs])
+                running.append([self.start(_in_turn(job)) for job in jobs])
                 _until_they_stop(running[-1])
             going = running
             while going := [side for side in going if _go_on(side)]:
@@ -148,6 +148,10 @@ class Running:
         unit = 1 if sys.platform == "darwin" else 1024
         memory = unit * used.ru_maxrss
         return Result(wall, used.ru_utime + used.ru_stime, memory, found.pop("steps"), found)
+
+
+def _in_turn(job: dict[str, Any]) -> dict[str, Any]:
+    return job | {"environment": job.get("environment", {}) | {TURN: str(STEPS)}}
 
 
 def _go_on(side: list[Running]) -> bool:

@@ -5,10 +5,10 @@ from statistics import median
 from typing import Any
 
 from lora_nb import data
+from lora_nb.bench.processes import DROPPED
 from lora_nb.config import TrainConfig
 
-BATCHES = 40  # timed ones of each size
-WARM = 5  # that no median counts
+BATCHES = 40  # of each size
 
 
 def measure(config: TrainConfig, sizes: list[int]) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def measure(config: TrainConfig, sizes: list[int]) -> list[dict[str, Any]]:
     times = [[_step(training, done) for training in trainings] for done in range(BATCHES)]
     for training in trainings:
         training.lock.release()
-    steps = [median(column) for column in zip(*times[WARM:], strict=True)]
+    steps = [median(column) for column in zip(*times[DROPPED:], strict=True)]
     return [{"pictures": size, "step": step} for size, step in zip(sizes, steps, strict=True)]
 
 

@@ -32,9 +32,9 @@ STANDIN = Path(bench.__file__).parent / "standin"
 class Here(processes.Runner):
     """Jobs in this very process: starting one costs seconds, and equal losses need no clean process."""
 
-    def start(self, job, **environment):
+    def start(self, job):
         with pytest.MonkeyPatch.context() as patch:
-            own = {worker.SPAWNED: repr(time.time())} | job.get("environment", {}) | environment
+            own = {worker.SPAWNED: repr(time.time())} | job.get("environment", {})
             for name, value in own.items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", sys.argv)
@@ -145,7 +145,7 @@ class Counting(processes.Runner):
 
     started: list[subprocess.Popen] = field(default_factory=list)
 
-    def start(self, job, **environment):
+    def start(self, job):
         code = (
             "import json, pathlib, sys, time; from lora_nb.bench.worker import Clock; clock = Clock()\n"
             f"for step in range({job['steps']}):\n"
@@ -153,7 +153,7 @@ class Counting(processes.Runner):
             f"assert {job['name']!r} != 'x'\n"
             f"pathlib.Path({str(self.folder / job['name'])!r}).write_text(json.dumps({{'steps': clock.steps}}))\n"
         )
-        seen = self.environment | environment | {worker.SPAWNED: repr(time.time())}
+        seen = self.environment | job["environment"] | {worker.SPAWNED: repr(time.time())}
         log = self.folder / f"{job['name']}.log"
         with log.open("w") as text:
             process = subprocess.Popen(
