@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 
-from lora_nb import channels_last, compiling
+from lora_nb import channels_last, compiling, resnets
 
 
 def fuse(network: torch.nn.Module, kernels: Any = None) -> int:
@@ -102,21 +102,7 @@ def _kind(module: torch.nn.Module) -> type[_Fused] | None:
         return _Norm
     if isinstance(module, GEGLU):
         return _Gated
-    return _Resnet if isinstance(module, ResnetBlock2D) and _plain(module) else None
-
-
-def _plain(block: ResnetBlock2D) -> bool:
-    """Whether a block is twice norm, SiLU and convolution, the time embedding between them, and a way past it all."""
-    return (
-        block.time_embedding_norm == "default"
-        and block.time_emb_proj is not None
-        and not block.skip_time_act
-        and block.upsample is None
-        and block.downsample is None
-        and isinstance(block.nonlinearity, torch.nn.SiLU)
-        and block.dropout.p == 0
-        and block.output_scale_factor == 1
-    )
+    return _Resnet if isinstance(module, ResnetBlock2D) and resnets.plain(module) else None
 
 
 @functools.cache

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 from lora_nb import memory, rng
 from lora_nb.batches import Batches
@@ -16,6 +18,10 @@ from lora_nb.families import Batch
 from lora_nb.learner import Learner
 from lora_nb.loss import Loss, diffusion_loss
 from lora_nb.run_folder import History
+
+# Of no consequence to these, which are most of a network's modules.
+SAME_IN_TRAINING = {nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.SiLU, nn.Identity}
+SAME_IN_TRAINING |= {nn.ModuleList, nn.ModuleDict, nn.ParameterDict, ResnetBlock2D}
 
 
 class Gradients:
@@ -39,7 +45,7 @@ class Gradients:
         modules = [module for part in parts for module in part.modules()]
         # In training mode the library's convolutions copy their input, for a way to share gradients that is not used
         # here; their dropout is a module of its own.
-        self.modules = [m for m in modules if type(m).__name__ != "ResnetBlock2D"]
+        self.modules = [m for m in modules if type(m) not in SAME_IN_TRAINING]
         self.drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in self.modules)
         self.micro_batch = config.train_batch_size
 

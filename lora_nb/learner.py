@@ -14,6 +14,7 @@ from lora_nb import (
     optimization,
     packing,
     projections,
+    resnets,
     tokens,
 )
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
@@ -104,9 +105,11 @@ def _lay_out(module: torch.nn.Module, config: TrainConfig, device: str) -> None:
     wanted = config.channels_last
     (tokens.project if wanted else tokens.undo)(module)
     if device == "cuda":  # on a CPU the other kernels lose what convolutions gain
+        resnets.undo(module)
         (channels_last.keep if wanted else channels_last.undo)(module)
         (fusing.fuse if wanted and config.fused_kernels else fusing.undo)(module)
     else:
+        resnets.shorten(module)
         (packing.pack if wanted else packing.unpack)(module)
 
 

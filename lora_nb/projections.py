@@ -378,6 +378,7 @@ def group(family: Family) -> int:
     for attn in found:
         if not isinstance(attn.processor, GroupedAttention):
             attn.set_processor(GroupedAttention())
+        attn.forward = _Forward(attn)
     return len(found)
 
 
@@ -386,6 +387,24 @@ def ungroup(family: Family) -> None:
     for attn in network(family).modules():
         if isinstance(attn, Attention) and isinstance(attn.processor, GroupedAttention):
             attn.set_processor(AttnProcessor2_0())
+        if isinstance(vars(attn).get("forward"), _Forward):
+            del attn.forward
+
+
+class _Forward:
+    """The forward of attention, straight to its processor.
+
+    The library's reads the processor's signature at every call, which takes as long as a small layer.
+    """
+
+    def __init__(self, attn: Attention):
+        self.attn = attn
+
+    def __call__(self, *args: Any, **named: Any) -> torch.Tensor:
+        attn = self.attn
+        if isinstance(attn.processor, GroupedAttention):
+            return attn.processor(attn, *args, **named)
+        return type(attn).forward(attn, *args, **named)
 
 
 def _plain(attn: Attention) -> bool:

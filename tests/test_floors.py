@@ -17,6 +17,7 @@ FLOORS = (
         "tokens",
         "channels_last",
         "packing",
+        "resnets",
         "compiling",
         "kernels",
         "fusing",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from PIL import Image
 
 from lora_nb import adapters, projections
@@ -159,6 +160,26 @@ def test_several_adapters_are_left_to_peft(tiny_sd, config, tmp_path):
         use_adapter(family.pipeline(), config.output_dir, name="second")
     draw = {"prompts": "a cat", "seeds": [1], "num_inference_steps": 2}
     assert generate(plain.pipeline(), **draw) == generate(grouped.pipeline(), **draw)
+
+
+def test_another_processor_is_called_as_the_library_calls_it(tiny_sd):
+    """The way past the library's forward is for our processor only, and goes with it."""
+    family = adapted(tiny_sd)
+    plain = outputs(family)
+    projections.group(family)
+    attn = next(m for m in family.unet.modules() if isinstance(m, Attention))
+    seen = []
+
+    class Own(AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            seen.append(attn)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    attn.set_processor(Own())
+    torch.testing.assert_close(outputs(family), plain, atol=1e-6, rtol=1e-4)
+    assert seen
+    projections.ungroup(family)
+    assert not any("forward" in vars(m) for m in family.unet.modules() if isinstance(m, Attention))
 
 
 def test_a_pipeline_that_was_grouped_saves_and_moves(tiny_sd, tmp_path):

@@ -185,7 +185,7 @@ def switches(bench: Bench) -> dict[str, Any]:
 
 
 def whole(bench: Bench) -> dict[str, Any]:
-    """Start-up, caching and all steps of 1, 3 and 10 epochs, from the command to the adapter file.
+    """Start-up, caching and all steps of 1, 3 and 10 epochs, from the command to the adapter file, both sides in turn.
 
     And to our own end: a certificate, a report and a card, for which the other side has nothing.
 
@@ -195,8 +195,12 @@ def whole(bench: Bench) -> dict[str, Any]:
     last = EPOCHS[-1] if bench.full else EPOCHS[-2]
     pairs = []
     for _ in range(1 if bench.full else bench.rounds):
-        theirs = bench.theirs(last * epoch)
-        pairs.append((theirs, bench.ours("command", last * epoch, environment=bench.fresh())))
+        steps, cold = last * epoch, bench.fresh()
+        jobs = (
+            bench.their_job("theirs", steps, 4, "no"),
+            bench.our_job("ours-command", "command", steps, 4, "no", environment=cold),
+        )
+        pairs.append([side for [side] in bench.runner.in_turns([[job] for job in jobs])])
     rows = []
     for epochs in EPOCHS:
         step = epochs * epoch
