@@ -7,6 +7,7 @@ so there is nothing to undo for saving, scaling, merging or removing.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -378,33 +379,27 @@ def group(family: Family) -> int:
     for attn in found:
         if not isinstance(attn.processor, GroupedAttention):
             attn.set_processor(GroupedAttention())
-        attn.forward = _Forward(attn)
+        attn.forward = MethodType(_straight, attn)
     return len(found)
 
 
 def ungroup(family: Family) -> None:
     """Give the attention layers the library's own processor back."""
-    for attn in network(family).modules():
-        if isinstance(attn, Attention) and isinstance(attn.processor, GroupedAttention):
+    for attn in filter(lambda module: isinstance(module, Attention), network(family).modules()):
+        if isinstance(attn.processor, GroupedAttention):
             attn.set_processor(AttnProcessor2_0())
-        if isinstance(vars(attn).get("forward"), _Forward):
+        if getattr(vars(attn).get("forward"), "__func__", None) is _straight:
             del attn.forward
 
 
-class _Forward:
-    """The forward of attention, straight to its processor.
+def _straight(self: Attention, *args: Any, **named: Any) -> torch.Tensor:
+    """The forward of attention without the library's look at its processor's signature.
 
-    The library's reads the processor's signature at every call, which takes as long as a small layer.
+    At every call that takes as long as a small layer.
     """
-
-    def __init__(self, attn: Attention):
-        self.attn = attn
-
-    def __call__(self, *args: Any, **named: Any) -> torch.Tensor:
-        attn = self.attn
-        if isinstance(attn.processor, GroupedAttention):
-            return attn.processor(attn, *args, **named)
-        return type(attn).forward(attn, *args, **named)
+    if isinstance(self.processor, GroupedAttention):
+        return self.processor(self, *args, **named)
+    return type(self).forward(self, *args, **named)
 
 
 def _plain(attn: Attention) -> bool:

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
-from lora_nb import adapters, compiling
+from lora_nb import adapters, compiling, projections
+from lora_nb.config import LoraSpec
 from lora_nb.errors import ConfigError
 from lora_nb.families import load_family
 from lora_nb.inference import with_samples
@@ -73,6 +75,31 @@ def test_samples_probe_and_checkpoints_between_steps_compile_nothing(config):
     counts = [graphs() for _ in with_samples(train(config))]
     assert counts[0] > 0
     assert len(set(counts)) == 1
+
+
+@long
+def test_blocks_of_one_kind_are_compiled_once(tiny_sd):
+    """Nothing that is put on a block, or in it, may make the compiler tell it from its likes."""
+    family = load_family("sd", str(tiny_sd))
+    larger = dict(family.unet.config) | {"layers_per_block": 3}
+    family.unet = UNet2DConditionModel.from_config(larger).requires_grad_(False)
+    family.trainable["unet"] = family.unet
+    adapters.add(family, {"unet": LoraSpec(rank=2)}, seed=1)
+    projections.group(family)
+    kinds = []
+
+    def note(block, args):
+        kinds.append((args[0].shape, *(weight.shape for weight in block.parameters())))
+
+    blocks = [m for m in family.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    for block in blocks:
+        block.register_forward_pre_hook(note)
+    assert compiling.compile_blocks(family) == len(blocks)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    family.predict(*inputs, {"encoder_hidden_states": torch.randn(2, 16, 32)})
+    assert len(kinds) == len(blocks)
+    # Twice: the first block's input has no gradient.
+    assert graphs() <= 2 * len(set(kinds)) < len(blocks)
 
 
 REST = """

@@ -119,9 +119,9 @@ def _whole(part: Part) -> str:
     )  # fmt: skip
     return (
         "## A whole run\n\nFrom the command to the adapter file, with imports, loading, caching and saving, on an "
-        "empty cache; 50 steps of batch 4 are an epoch. CPU seconds. Ours then reads its file back into a fresh base "
-        "model, for a certificate, and writes a report and a card, for which the script has nothing.\n\n"
-        + _table(names, rows)
+        "empty cache; 50 steps of batch 4 are an epoch. CPU seconds; the sides took turns. Ours then reads its file "
+        "back into a fresh base model, for a certificate, and writes a report and a card, for which the script has "
+        "nothing.\n\n" + _table(names, rows)
     )
 
 
