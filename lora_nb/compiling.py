@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_nb import forwards
 from lora_nb.errors import ConfigError
 from lora_nb.families import Family, network
 from lora_nb.projections import GroupedAttention
@@ -40,15 +41,12 @@ def compile_blocks(family: Family) -> int:
 
 def restore_blocks(family: Family) -> None:
     """Run every block as it is again."""
-    for block in network(family).modules():
-        if isinstance(vars(block).get("forward"), _Forward):
-            del block.forward
+    forwards.restore(network(family), _Forward)
 
 
 def compiled(module: torch.nn.Module) -> set[torch.nn.Module]:
     """All that lies in compiled blocks of a module, and they."""
-    blocks = [m for m in module.modules() if isinstance(vars(m).get("forward"), _Forward)]
-    return {inner for block in blocks for inner in block.modules()}
+    return {inner for block in forwards.having(module, _Forward) for inner in block.modules()}
 
 
 class _Forward:

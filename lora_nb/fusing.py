@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 
-from lora_nb import channels_last, compiling, resnets
+from lora_nb import channels_last, compiling, forwards, resnets
 
 
 def fuse(network: torch.nn.Module, kernels: Any = None) -> int:
@@ -36,9 +36,7 @@ def fuse(network: torch.nn.Module, kernels: Any = None) -> int:
 
 def undo(network: torch.nn.Module) -> None:
     """Run every module as it is again."""
-    for module in network.modules():
-        if isinstance(vars(module).get("forward"), _Fused):
-            del module.forward
+    forwards.restore(network, _Fused)
 
 
 class _Fused:

@@ -19,7 +19,9 @@ from lora_nb.learner import Learner
 from lora_nb.loss import Loss, diffusion_loss
 from lora_nb.run_folder import History
 
-# Of no consequence to these, which are most of a network's modules.
+# Most of a network's modules compute the same in training mode, and setting it costs time in every step. The library's
+# blocks of convolutions copy their input there, for a way to share gradients that is not used here; their dropout is
+# a module of its own.
 SAME_IN_TRAINING = {nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.SiLU, nn.Identity}
 SAME_IN_TRAINING |= {nn.ModuleList, nn.ModuleDict, nn.ParameterDict, ResnetBlock2D}
 
@@ -43,8 +45,6 @@ class Gradients:
         self.learner, self.batches = learner, batches
         parts = [learner.family.trainable[part] for part in learner.weights]
         modules = [module for part in parts for module in part.modules()]
-        # In training mode the library's convolutions copy their input, for a way to share gradients that is not used
-        # here; their dropout is a module of its own.
         self.modules = [m for m in modules if type(m) not in SAME_IN_TRAINING]
         self.drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in self.modules)
         self.micro_batch = config.train_batch_size

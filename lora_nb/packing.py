@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lora_nb import forwards
+
 ONES = (1, 1)  # stride and dilation
 
 
@@ -37,16 +39,13 @@ def supported() -> bool:
 
 def unpack(network: nn.Module) -> None:
     """Give the convolutions torch's own forward back."""
-    for module in network.modules():
-        if isinstance(vars(module).get("forward"), _Forward):
-            del module.forward
+    forwards.restore(network, _Forward)
 
 
 @contextmanager
 def drawing(network: nn.Module) -> Iterator[None]:
     """Inside, packed convolutions compute so without gradients too; nothing may be merged into them there."""
-    forwards = [vars(module).get("forward") for module in network.modules()]
-    packed = [forward for forward in forwards if isinstance(forward, _Forward)]
+    packed = [module.forward for module in forwards.having(network, _Forward)]
     for forward in packed:
         forward.drawing = True
     try:

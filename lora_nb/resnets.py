@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 
+from lora_nb import forwards
+
 
 def shorten(network: torch.nn.Module) -> int:
     """Let the plain blocks compute so; returns how many there are."""
@@ -20,9 +22,7 @@ def shorten(network: torch.nn.Module) -> int:
 
 def undo(network: torch.nn.Module) -> None:
     """Give the blocks the library's forward back."""
-    for module in network.modules():
-        if isinstance(vars(module).get("forward"), _Forward):
-            del module.forward
+    forwards.restore(network, _Forward)
 
 
 def plain(block: ResnetBlock2D) -> bool:

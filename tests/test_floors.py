@@ -16,6 +16,7 @@ FLOORS = (
         "projections",
         "tokens",
         "channels_last",
+        "forwards",
         "packing",
         "resnets",
         "compiling",

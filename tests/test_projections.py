@@ -105,7 +105,16 @@ def test_half_precision_is_never_summed(tiny_sd, monkeypatch):
     outputs(family)
 
 
-@pytest.mark.usefixtures("size")
+@pytest.fixture
+def one_thread():
+    """As `make test` has it: two sum the parts of a product in another order, and round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("size", "one_thread")
 def test_scaling_rank_stabilised_or_by_block_is_followed(tiny_sd):
     family = adapted(tiny_sd)
     for factor in (5 / 3**0.5, 0.0):
@@ -113,8 +122,7 @@ def test_scaling_rank_stabilised_or_by_block_is_followed(tiny_sd):
         projections.ungroup(family)
         plain = outputs(family)
         projections.group(family)
-        # The branches are scaled threefold here, and so is what rounding does to them.
-        torch.testing.assert_close(outputs(family), plain, atol=4e-6, rtol=1e-4)
+        torch.testing.assert_close(outputs(family), plain, atol=1e-6, rtol=1e-4)
     _, layer = next(adapters.layers(family.unet))
     layer.set_scale(adapters.ADAPTER, 3.0)  # one of three alone
     grouped = outputs(family)[0]
@@ -220,11 +228,10 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_adapters(config):
 @pytest.mark.parametrize(
     ("names", "most"),
     [
-        (
-            ("to_q", "to_k", "to_v", "to_out.0"),
-            1.0,
-        ),  # nothing is rounded from projection to projection
-        (("to_k",), 1.5),  # projected by the library's layers, in half precision
+        # Nothing is rounded from projection to projection.
+        (("to_q", "to_k", "to_v", "to_out.0"), 1.0),
+        # The library's layers project in half precision.
+        (("to_k",), 1.5),
         (("to_out.0",), 1.5),
     ],
 )

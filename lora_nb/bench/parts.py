@@ -87,6 +87,10 @@ class Bench:
         argv += job.pop("extra", ())
         return {"kind": kind, "argv": argv} | job
 
+    def in_turns(self, jobs: list[dict[str, Any]]) -> list[Result]:
+        """Sides of one job each, a few steps of each in turn."""
+        return [result for [result] in self.runner.in_turns([[job] for job in jobs])]
+
     def fresh(self) -> dict[str, str]:
         """The environment of a job that finds nothing encoded."""
         return {"LORA_NB_CACHE": tempfile.mkdtemp(prefix="cold-", dir=self.folder)}
@@ -139,7 +143,7 @@ def training(bench: Bench) -> dict[str, Any]:
                 jobs.append(bench.our_job(folder, "steady", steps, batch, precision, extra=extra))
             if precision != "no":
                 jobs.append(bench.their_job("theirs-wide", steps, batch, "no"))
-            theirs, *found = [result for [result] in bench.runner.in_turns([[job] for job in jobs])]
+            theirs, *found = bench.in_turns(jobs)
             for name, ours in zip(variants, found, strict=False):
                 pairs[name].append((theirs, ours))
             wide += found[len(variants) :]
@@ -196,11 +200,9 @@ def whole(bench: Bench) -> dict[str, Any]:
     pairs = []
     for _ in range(1 if bench.full else bench.rounds):
         steps, cold = last * epoch, bench.fresh()
-        jobs = (
-            bench.their_job("theirs", steps, 4, "no"),
-            bench.our_job("ours-command", "command", steps, 4, "no", environment=cold),
-        )
-        pairs.append([side for [side] in bench.runner.in_turns([[job] for job in jobs])])
+        theirs = bench.their_job("theirs", steps, 4, "no")
+        ours = bench.our_job("ours-command", "command", steps, 4, "no", environment=cold)
+        pairs.append(bench.in_turns([theirs, ours]))
     rows = []
     for epochs in EPOCHS:
         step = epochs * epoch
