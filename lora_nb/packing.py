@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lora_nb import forwards
+from lora_nb.families import widened
 
 ONES = (1, 1)  # stride and dilation
 
@@ -25,16 +26,11 @@ def pack(network: nn.Module) -> int:
     """
     unpack(network)
     found = [m for m in network.modules() if type(m) is nn.Conv2d and _can(m)]
-    if not (found and supported()):
+    if not (found and widened.supported()):
         return 0
     for conv in found:
         conv.forward = _Forward(conv)
     return len(found)
-
-
-def supported() -> bool:
-    """Whether this machine's kernels know bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def unpack(network: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_nb import adapters
 from lora_nb.families import Family, network
+from lora_nb.families.widened import computed_in, linear
 
 # Entries of a layer's weight up to which a CPU has multiplied them before it has started one more product.
 SMALL = 128 * 128
@@ -32,7 +33,7 @@ class Projection(torch.autograd.Function):
 
     x: (N, in). weight: (layers x out, in), one layer's below the other's, and bias (layers x out,) or None; both
     frozen. factors: A (rank, in) of each layer, then B (out, rank) of each, float32; `copies` has them as `_stacked`
-    makes them already, if it is not None. x W^T + b is computed in the weight's dtype and the branches as
+    makes them already, if it is not None. x W^T + b is computed as `computed_in` says and the branches as
     `_of_branches` says. Result: (N, layers x out) in the given dtype.
     """
 
@@ -50,7 +51,7 @@ class Projection(torch.autograd.Function):
         branches = _of_branches(weight)
         a, b = copies or _stacked(factors, branches)
         inner = _scaled(x.to(branches) @ a.T, scale)  # (N, layers x rank)
-        y = F.linear(x.to(weight.dtype), weight, bias).to(branches)
+        y = _of_base(x, weight, bias).to(branches)
         _add_products(_by_layer(y, len(b)), _by_layer(inner, len(b)), b.mT)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, inner, a, b)
@@ -61,7 +62,8 @@ class Projection(torch.autograd.Function):
     def backward(ctx: Any, dy: Any) -> Any:
         x, weight, inner, a, b = ctx.saved_tensors
         layers, rank = len(b), b.shape[2]
-        dx = dy.to(weight.dtype) @ weight if ctx.needs_input_grad[0] else None
+        base = computed_in(weight)
+        dx = dy.to(base) @ weight.to(base) if ctx.needs_input_grad[0] else None
         dys, d_inner = _by_layer(dy.to(a.dtype), layers), torch.empty_like(inner)
         _multiply(dys, b, out=_by_layer(d_inner, layers))
         _scaled(d_inner, ctx.scale)
@@ -70,6 +72,12 @@ class Projection(torch.autograd.Function):
         if dx is not None:
             dx = dx.to(a.dtype).addmm_(d_inner, a).to(x.dtype)
         return dx, None, None, None, None, None, *d_a, *d_b
+
+
+def _of_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b in what it is computed in."""
+    base = computed_in(weight)
+    return F.linear(x.to(base), weight.to(base), None if bias is None else bias.to(base))
 
 
 def _of_branches(weight: torch.Tensor) -> torch.dtype:
@@ -92,22 +100,28 @@ def plain_projection(
     branches = _of_branches(weight)
     a, b = _stacked(factors, branches)
     added = torch.bmm(_by_layer(x.to(branches) @ a.T, len(b)), b.mT)
-    y = F.linear(x.to(weight.dtype), weight, bias).to(branches)
+    y = _of_base(x, weight, bias).to(branches)
     return (_by_layer(y, len(b)) + scale * added).transpose(0, 1).flatten(1).to(dtype)
 
 
 def summed_projection(
-    x: torch.Tensor, weight: torch.Tensor, bias: Any, scale: float, *factors: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Any,
+    scale: float,
+    dtype: torch.dtype,
+    *factors: torch.Tensor,
 ) -> torch.Tensor:
     """What `Projection` computes, with weights W + scale B A that are made for it: fewer products, and wider ones."""
-    a, b = _stacked(factors, x.dtype)
-    weight, a = (each.unflatten(0, (len(b), -1)) for each in (weight, a))
-    return F.linear(x, torch.baddbmm(weight, b, a, alpha=scale).flatten(0, 1), bias)
+    a, b = _stacked(factors, torch.float32)
+    weight, a = (each.float().unflatten(0, (len(b), -1)) for each in (weight, a))
+    summed = torch.baddbmm(weight, b, a, alpha=scale).flatten(0, 1)
+    return _of_base(x, summed, bias).to(dtype)
 
 
 def _small(weight: torch.Tensor, layers: int) -> bool:
     """Whether it is sooner done with summed weights; half precision would round away what is added to them."""
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    plain = weight.device.type == "cpu" and computed_in(weight) == torch.float32
     return plain and weight.numel() <= layers * SMALL
 
 
@@ -225,14 +239,14 @@ class GroupedAttention:
             factors += [layer.lora_B[adapters.ADAPTER].weight for layer in layers]
             scale = layers[0].scaling[adapters.ADAPTER]
             if _small(weight, len(layers)):
-                y = summed_projection(rows, weight, bias, scale, *factors)
+                y = summed_projection(rows, weight, bias, scale, result, *factors)
             elif torch.compiler.is_compiling():
                 y = plain_projection(rows, weight, bias, scale, result, *factors)
             else:
                 copies = self._copied(names, factors, weight)
                 y = Projection.apply(rows, weight, bias, scale, result, copies, *factors)
         else:
-            y = F.linear(rows.to(dtype), weight, bias)
+            y = linear(rows.to(dtype), weight, bias)
         return y.unflatten(0, x.shape[:2]).split([base.out_features for base in bases], -1)
 
     def _copied(

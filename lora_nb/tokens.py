@@ -7,9 +7,10 @@ what attention gives before it is added to a picture, whatever the picture's lay
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from diffusers import Transformer2DModel
 from peft.tuners import lora
+
+from lora_nb.families.widened import linear
 
 REPLACED = ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs")
 
@@ -58,7 +59,7 @@ def _projected(
 ) -> torch.Tensor:
     """Tokens (B, H * W, C) after a linear layer or a convolution of single places, which is one too."""
     if type(layer) is torch.nn.Conv2d:
-        return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+        return linear(tokens, layer.weight.flatten(1), layer.bias)
     if isinstance(layer, torch.nn.Conv2d | lora.Conv2d):
         picture = layer(tokens.unflatten(1, (height, width)).movedim(3, 1))
         return picture.movedim(1, 3).flatten(1, 2)

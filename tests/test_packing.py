@@ -11,12 +11,12 @@ from torch import nn
 
 from lora_nb import packing
 from lora_nb.config import LoraSpec
-from lora_nb.families import load_family, network
+from lora_nb.families import load_family, network, widened
 from lora_nb.inference import with_samples
 from lora_nb.trainer import train
 
 pytestmark = pytest.mark.skipif(
-    not packing.supported(), reason="this CPU's kernels know no bfloat16"
+    not widened.supported(), reason="this CPU's kernels know no bfloat16"
 )
 
 

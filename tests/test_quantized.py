@@ -14,7 +14,7 @@ from lora_nb import adapters, checkpoint, data, run_state
 from lora_nb.cache import Cache
 from lora_nb.config import LoraSpec, TrainConfig
 from lora_nb.errors import CheckpointError, ConfigError
-from lora_nb.families import REGISTRY, load_family, network, tiny
+from lora_nb.families import REGISTRY, load_family, network, tiny, widened
 from lora_nb.families.quantized import (
     BLOCK,
     KINDS,
@@ -82,6 +82,7 @@ def test_it_computes_as_a_plain_layer_of_its_weight_does_and_keeps_nothing_wide(
     layer = QuantizedLinear(linear(96, 40).to(dtype), kind, CPU)
     plain = linear(96, 40).to(dtype)
     plain.weight.copy_(layer.weight)
+    widened.widen(plain)  # as all frozen layers are, where the CPU knows no bfloat16
     x = torch.randn(2, 5, 96).to(dtype)
     kept, found = [], []
     for each in (layer, plain):

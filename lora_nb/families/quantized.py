@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lora_nb.errors import ConfigError
+from lora_nb.families.widened import computed_in, linear
 
 KINDS = ("int8", "nf4")  # the larger first
 BLOCK = 64  # weights with a scale of their own in nf4
@@ -100,12 +101,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.widened(x.dtype), layer.bias)
+        return linear(x, layer.widened(x.dtype), layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return dy @ ctx.layer.widened(dy.dtype), None
+        wide = computed_in(dy)
+        return (dy.to(wide) @ ctx.layer.widened(dy.dtype).to(wide)).to(dy.dtype), None
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:

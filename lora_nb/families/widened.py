@@ -1,0 +1,91 @@
+"""Frozen layers in bfloat16 on a CPU whose kernels do not know it: they keep their weights and compute in float32.
+
+torch's own loops for it take 6 to 75 times as long there as products of float32 and all the widening.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def supported() -> bool:
+    """Whether this machine's kernels know bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def computed_in(tensor: torch.Tensor) -> torch.dtype:
+    """What products with this tensor are computed in: its own dtype, or float32 where that is sooner done."""
+    slow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not supported()
+    return torch.float32 if slow else tensor.dtype
+
+
+def widen(module: nn.Module) -> int:
+    """Let the linear layers and convolutions that are slow on this machine compute so; returns how many do.
+
+    Each looks where its weight is when it is called, so a module may be moved, and merged into, at any time.
+    """
+    found = [m for m in module.modules() if _can(m) and computed_in(m.weight) != m.weight.dtype]
+    for layer in found:
+        layer.forward = MethodType(_of_linear if type(layer) is nn.Linear else _of_conv, layer)
+    return len(found)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b in x's dtype, (..., out), of a frozen weight (out, in); what was widened is not kept for a gradient."""
+    return _product(x, weight, bias) if _slow(x, weight) else F.linear(x, weight, bias)
+
+
+def _can(layer: nn.Module) -> bool:
+    if type(layer) is nn.Conv2d:
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) is nn.Linear
+
+
+def _of_linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, self.weight, self.bias)
+
+
+def _of_conv(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    if not _slow(x, self.weight):
+        return type(self).forward(self, x)
+    how = self.stride, self.padding, self.dilation, self.groups
+    return _product(x, self.weight, self.bias, how)
+
+
+def _slow(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype == weight.dtype != computed_in(weight)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: Any, how: Any = None) -> torch.Tensor:
+    run = _computed if torch.compiler.is_compiling() else _Product.apply
+    return run(x, weight, bias, how)
+
+
+def _computed(x: torch.Tensor, weight: torch.Tensor, bias: Any, how: Any) -> torch.Tensor:
+    wide = x.float(), weight.float(), None if bias is None else bias.float()
+    y = F.linear(*wide) if how is None else F.conv2d(*wide, *how)
+    return y.to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """A linear layer, or a convolution of the stride, padding, dilation and groups in `how`; both are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, how: Any) -> Any:
+        ctx.shape, ctx.how = x.shape, how
+        ctx.save_for_backward(weight)
+        return _computed(x, weight, bias, how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any) -> Any:
+        (weight,) = ctx.saved_tensors
+        wide = weight.float(), dy.float()
+        if ctx.how is None:
+            return (wide[1] @ wide[0]).to(dy.dtype), None, None, None
+        dx = nn.grad.conv2d_input(ctx.shape, *wide, *ctx.how)
+        return dx.to(dy.dtype), None, None, None
