@@ -26,7 +26,7 @@ def pack(network: nn.Module) -> int:
     """
     unpack(network)
     found = [m for m in network.modules() if type(m) is nn.Conv2d and _can(m)]
-    if not (found and widened.supported()):
+    if not (found and widened.SUPPORTED):
         return 0
     for conv in found:
         conv.forward = _Forward(conv)

@@ -16,7 +16,7 @@ from lora_nb.inference import with_samples
 from lora_nb.trainer import train
 
 pytestmark = pytest.mark.skipif(
-    not widened.supported(), reason="this CPU's kernels know no bfloat16"
+    not widened.SUPPORTED, reason="this CPU's kernels know no bfloat16"
 )
 
 

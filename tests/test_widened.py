@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _no_bfloat16(monkeypatch):
     """A CPU whose kernels do not know it, whichever this is."""
-    monkeypatch.setattr(widened, "supported", lambda: False)
+    monkeypatch.setattr(widened, "SUPPORTED", False)
 
 
 def both(layer, x, seed=1):
@@ -84,7 +84,7 @@ def test_others_stay_torchs(monkeypatch):
     reflecting = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect").bfloat16()
     same, wide = nn.Conv2d(4, 4, 3, padding="same").bfloat16(), nn.Linear(4, 4)
     assert widened.widen(nn.ModuleList([reflecting, same, wide])) == 0
-    monkeypatch.setattr(widened, "supported", lambda: True)
+    monkeypatch.setattr(widened, "SUPPORTED", True)
     assert widened.widen(nn.Linear(4, 4).bfloat16()) == 0
 
 

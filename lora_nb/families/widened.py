@@ -11,15 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-
-def supported() -> bool:
-    """Whether this machine's kernels know bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# Whether this machine's kernels know bfloat16; asked once, as the question cannot be compiled.
+SUPPORTED = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def computed_in(tensor: torch.Tensor) -> torch.dtype:
     """What products with this tensor are computed in: its own dtype, or float32 where that is sooner done."""
-    slow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not supported()
+    slow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not SUPPORTED
     return torch.float32 if slow else tensor.dtype
 
 
