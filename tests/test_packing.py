@@ -15,9 +15,7 @@ from lora_nb.families import load_family, network, widened
 from lora_nb.inference import with_samples
 from lora_nb.trainer import train
 
-pytestmark = pytest.mark.skipif(
-    not widened.SUPPORTED, reason="this CPU's kernels know no bfloat16"
-)
+pytestmark = pytest.mark.skipif(not widened.SUPPORTED, reason="this CPU's kernels know no bfloat16")
 
 
 def convolution(*args, dtype=torch.bfloat16, **kwargs):

@@ -43,12 +43,15 @@ def state(environment: dict[str, str]) -> dict[str, str]:
 def peak(precision: str) -> float:
     """GFLOP/s of matrix products of 1024 by 1024 with the threads of this process, the best of 20.
 
-    precision: bf16, or no for float32.
+    precision: bf16, or no for float32, in which a processor that knows no bf16 computes too.
     """
     import torch
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, SIDE, SIDE, dtype=dtype).unbind()
+    from lora_nb.families.widened import computed_in
+    from lora_nb.precision import DTYPES
+
+    a, b = torch.randn(2, SIDE, SIDE, dtype=DTYPES[precision]).unbind()
+    a, b = (each.to(computed_in(each)) for each in (a, b))
     best = float("inf")
     for _ in range(TIMES):
         began = time.perf_counter()

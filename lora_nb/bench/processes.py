@@ -96,6 +96,8 @@ class Runner:
         does for all sides.
         """
         running: list[list[Running]] = []
+        # Without it a job that has stopped would stay for ever.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for jobs in sides:
                 running.append([self.start(_in_turn(job)) for job in jobs])
@@ -107,6 +109,7 @@ class Runner:
         finally:
             for each in itertools.chain(*running):
                 each.kill()
+            signal.signal(signal.SIGTERM, before)
 
 
 @dataclass

@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +190,17 @@ def test_a_job_in_turns_that_fails_ends_the_others(tmp_path):
     with pytest.raises(processes.BenchError, match="AssertionError"):
         runner.in_turns([[{"name": "a", "steps": 9}], [{"name": "x", "steps": 4}]])
     assert all(process.returncode is not None for process in runner.started)
+
+
+def test_jobs_in_turns_end_with_the_benchmark(tmp_path):
+    """Also those that have stopped, which no one would let go on again."""
+    runner, before = Counting(tmp_path), signal.getsignal(signal.SIGTERM)
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.in_turns([[{"name": name, "steps": 9999}] for name in "ab"])
+    assert runner.started
+    assert all(process.returncode is not None for process in runner.started)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_longer_run_is_reckoned_from_its_epochs():
