@@ -109,9 +109,7 @@ class Products(TorchDispatchMode):
     [
         {},
         {"fused_lora": False},
-        {"channels_last": False},
         {"base_model_precision": "int8"},
-        {"gradient_checkpointing": True},
         {"lora": {"unet": LoraSpec(rank=2, target_modules=("conv1", "proj_in", "to_q"))}},
         {"lora": {"unet": LoraSpec(rank=2), "text_encoder": LoraSpec(rank=2)}},
     ],
