@@ -23,12 +23,12 @@ def convolution(*args, dtype=torch.bfloat16, **kwargs):
     return nn.Conv2d(*args, **kwargs).to(dtype).requires_grad_(False)
 
 
-def both(conv, x, seed=1):
-    """The output, and the gradient of the input for a drawn gradient of the output."""
+def both(layer, x, seed=1):
+    """The output, and the gradient of the input for a drawn gradient of the output, of bfloat16's numbers."""
     x = x.detach().requires_grad_()
-    y = conv(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y.dtype)
-    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+    y = layer(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return y.detach(), torch.autograd.grad(y, x, dy.to(y.dtype))[0]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_packing import both
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,14 +20,6 @@ CPU = torch.device("cpu")
 def _no_bfloat16(monkeypatch):
     """A CPU whose kernels do not know it, whichever this is."""
     monkeypatch.setattr(widened, "SUPPORTED", False)
-
-
-def both(layer, x, seed=1):
-    """The output, and the gradient of the input for a drawn gradient of the output."""
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(y.dtype)
-    return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
 
 def layers():

@@ -100,7 +100,8 @@ class Runner:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for jobs in sides:
-                running.append([self.start(_in_turn(job)) for job in jobs])
+                running.append([])
+                running[-1].extend(self.start(_in_turn(job)) for job in jobs)
                 _until_they_stop(running[-1])
             going = running
             while going := [side for side in going if _go_on(side)]:

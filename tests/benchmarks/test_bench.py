@@ -196,7 +196,14 @@ def test_a_job_in_turns_that_fails_ends_the_others(tmp_path):
 def test_jobs_in_turns_end_with_the_benchmark(tmp_path):
     """Also those that have stopped, which no one would let go on again."""
     runner, before = Counting(tmp_path), signal.getsignal(signal.SIGTERM)
-    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def end_it():
+        order = tmp_path / "order"
+        while not order.is_file() or "b" not in order.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_it).start()
     with pytest.raises(KeyboardInterrupt):
         runner.in_turns([[{"name": name, "steps": 9999}] for name in "ab"])
     assert runner.started
