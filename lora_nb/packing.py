@@ -53,16 +53,12 @@ def drawing(network: nn.Module) -> Iterator[None]:
 
 def _can(conv: nn.Conv2d) -> bool:
     return (
-        _fits(conv.weight)
+        widened.narrow(conv.weight)
         and (conv.stride, conv.dilation, conv.groups) == (ONES, ONES, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and all(pad < size for pad, size in zip(conv.padding, conv.kernel_size, strict=True))
     )
-
-
-def _fits(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
 
 
 class _Forward:
@@ -79,7 +75,8 @@ class _Forward:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
         wanted = self.drawing or torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or not wanted or not (_fits(x) and _fits(conv.weight)):
+        fits = widened.narrow(x) and widened.narrow(conv.weight)
+        if torch.compiler.is_compiling() or not (wanted and fits):
             return type(conv).forward(conv, x)
         if self.address != conv.weight.data_ptr():
             self._pack(conv.weight.detach())

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_nb import adapters
 from lora_nb.families import Family, network
-from lora_nb.families.widened import computed_in, linear
+from lora_nb.families.widened import computed_in, linear, narrow, operands
 
 # Entries of a layer's weight up to which a CPU has multiplied them before it has started one more product.
 SMALL = 128 * 128
@@ -51,7 +51,7 @@ class Projection(torch.autograd.Function):
         branches = _of_branches(weight)
         a, b = copies or _stacked(factors, branches)
         inner = _scaled(x.to(branches) @ a.T, scale)  # (N, layers x rank)
-        y = _of_base(x, weight, bias).to(branches)
+        y = F.linear(*operands(x, weight, bias)).to(branches)
         _add_products(_by_layer(y, len(b)), _by_layer(inner, len(b)), b.mT)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, inner, a, b)
@@ -62,8 +62,7 @@ class Projection(torch.autograd.Function):
     def backward(ctx: Any, dy: Any) -> Any:
         x, weight, inner, a, b = ctx.saved_tensors
         layers, rank = len(b), b.shape[2]
-        base = computed_in(weight)
-        dx = dy.to(base) @ weight.to(base) if ctx.needs_input_grad[0] else None
+        dx = torch.mm(*operands(dy, weight)[:2]) if ctx.needs_input_grad[0] else None
         dys, d_inner = _by_layer(dy.to(a.dtype), layers), torch.empty_like(inner)
         _multiply(dys, b, out=_by_layer(d_inner, layers))
         _scaled(d_inner, ctx.scale)
@@ -72,12 +71,6 @@ class Projection(torch.autograd.Function):
         if dx is not None:
             dx = dx.to(a.dtype).addmm_(d_inner, a).to(x.dtype)
         return dx, None, None, None, None, None, *d_a, *d_b
-
-
-def _of_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b in what it is computed in."""
-    base = computed_in(weight)
-    return F.linear(x.to(base), weight.to(base), None if bias is None else bias.to(base))
 
 
 def _of_branches(weight: torch.Tensor) -> torch.dtype:
@@ -100,7 +93,7 @@ def plain_projection(
     branches = _of_branches(weight)
     a, b = _stacked(factors, branches)
     added = torch.bmm(_by_layer(x.to(branches) @ a.T, len(b)), b.mT)
-    y = _of_base(x, weight, bias).to(branches)
+    y = F.linear(*operands(x, weight, bias)).to(branches)
     return (_by_layer(y, len(b)) + scale * added).transpose(0, 1).flatten(1).to(dtype)
 
 
@@ -116,7 +109,7 @@ def summed_projection(
     a, b = _stacked(factors, torch.float32)
     weight, a = (each.float().unflatten(0, (len(b), -1)) for each in (weight, a))
     summed = torch.baddbmm(weight, b, a, alpha=scale).flatten(0, 1)
-    return _of_base(x, summed, bias).to(dtype)
+    return F.linear(*operands(x, summed, bias)).to(dtype)
 
 
 def _small(weight: torch.Tensor, layers: int) -> bool:
@@ -365,8 +358,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 def _of_attention(x: torch.Tensor) -> torch.dtype:
     """What attention over x is computed in."""
-    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return torch.float32 if slow else x.dtype
+    return torch.float32 if narrow(x) else x.dtype
 
 
 def _filled_up(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

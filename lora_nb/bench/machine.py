@@ -50,8 +50,8 @@ def peak(precision: str) -> float:
     from lora_nb.families.widened import computed_in
     from lora_nb.precision import DTYPES
 
-    a, b = torch.randn(2, SIDE, SIDE, dtype=DTYPES[precision]).unbind()
-    a, b = (each.to(computed_in(each)) for each in (a, b))
+    dtype = computed_in(torch.empty(0, dtype=DTYPES[precision]))
+    a, b = torch.randn(2, SIDE, SIDE, dtype=dtype).unbind()
     best = float("inf")
     for _ in range(TIMES):
         began = time.perf_counter()

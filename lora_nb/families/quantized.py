@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lora_nb.errors import ConfigError
-from lora_nb.families.widened import computed_in, linear
+from lora_nb.families.widened import linear, operands
 
 KINDS = ("int8", "nf4")  # the larger first
 BLOCK = 64  # weights with a scale of their own in nf4
@@ -106,8 +106,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        wide = computed_in(dy)
-        return (dy.to(wide) @ ctx.layer.widened(dy.dtype).to(wide)).to(dy.dtype), None
+        wide, weight, _ = operands(dy, ctx.layer.widened(dy.dtype))
+        return (wide @ weight).to(dy.dtype), None
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,22 @@ from torch.autograd.function import once_differentiable
 SUPPORTED = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def narrow(tensor: torch.Tensor) -> bool:
+    """Whether it is bfloat16 on a CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+
+
 def computed_in(tensor: torch.Tensor) -> torch.dtype:
     """What products with this tensor are computed in: its own dtype, or float32 where that is sooner done."""
-    slow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not SUPPORTED
-    return torch.float32 if slow else tensor.dtype
+    return torch.float32 if narrow(tensor) and not SUPPORTED else tensor.dtype
+
+
+def operands(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """All three in what products with the weight are computed in."""
+    wide = computed_in(weight)
+    return x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
 
 
 def widen(module: nn.Module) -> int:
@@ -64,7 +76,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: Any, how: Any = None) 
 
 
 def _computed(x: torch.Tensor, weight: torch.Tensor, bias: Any, how: Any) -> torch.Tensor:
-    wide = x.float(), weight.float(), None if bias is None else bias.float()
+    wide = operands(x, weight, bias)
     y = F.linear(*wide) if how is None else F.conv2d(*wide, *how)
     return y.to(x.dtype)
 
@@ -81,9 +93,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Any) -> Any:
-        (weight,) = ctx.saved_tensors
-        wide = weight.float(), dy.float()
+        wide, weight, _ = operands(dy, *ctx.saved_tensors)
         if ctx.how is None:
-            return (wide[1] @ wide[0]).to(dy.dtype), None, None, None
-        dx = nn.grad.conv2d_input(ctx.shape, *wide, *ctx.how)
+            return (wide @ weight).to(dy.dtype), None, None, None
+        dx = nn.grad.conv2d_input(ctx.shape, weight, wide, *ctx.how)
         return dx.to(dy.dtype), None, None, None
