@@ -4,7 +4,7 @@ torch has them laid out anew at every call, which takes longer than a small conv
 memory as the weights, twice: one is for the gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,9 +39,9 @@ def unpack(network: nn.Module) -> None:
 
 
 @contextmanager
-def drawing(network: nn.Module) -> Iterator[None]:
-    """Inside, packed convolutions compute so without gradients too; nothing may be merged into them there."""
-    packed = [module.forward for module in forwards.having(network, _Forward)]
+def drawing(network: nn.Module, merged: Container[nn.Module] = ()) -> Iterator[None]:
+    """Inside, packed convolutions compute so without gradients too, but for those that something is merged into."""
+    packed = [m.forward for m in forwards.having(network, _Forward) if m not in merged]
     for forward in packed:
         forward.drawing = True
     try:

@@ -6,7 +6,6 @@ quite what training at rank r would have found; it says how much room the learne
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -206,8 +205,7 @@ def _put(family: Family, weights: formats.Weights, rank: int) -> None:
 
 def _draw(family: Family, prompts: list[str], settings: dict[str, Any]) -> list[Image]:
     pipeline = family.pipeline()
-    # Merging rounds in half precision.
-    with fused(pipeline) if family.dtype == torch.float32 else nullcontext():
+    with fused(pipeline):
         return generate(pipeline, prompts, list(range(len(prompts))), **settings)
 
 

@@ -265,6 +265,36 @@ def test_fused_draws_the_same_and_is_undone_bit_for_bit(base, adapter, dtype):
     assert not any(layer.merged for layer in attach.layers(pipeline))
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_small_adapters_are_not_rounded_away(base, adapter, dtype, digits):
+    """On average the sums are kept; rounded to the nearer number, four of five would be the base's own."""
+    pipeline = inference.load_pipeline(base, adapter, dtype=dtype)
+    layers = attach.layers(pipeline)
+    bases = [layer.get_base_layer().weight for layer in layers]
+    before = [weight.detach().clone() for weight in bases]
+    inference.set_scale(pipeline, 0.1 * 2.0**-digits)
+    added = [layer.get_delta_weight("default").detach().float() for layer in layers]
+    with inference.fused(pipeline):
+        merged = [weight.detach().clone() for weight in bases]
+    with inference.fused(pipeline):  # the same pictures every time
+        assert all(map(torch.equal, merged, bases))
+    inference.set_scale(pipeline, 0.0)
+    with inference.fused(pipeline):  # what half precision can hold stays as it is
+        assert all(map(torch.equal, before, bases))
+    base, now, sums = (
+        torch.cat([each.flatten().float() for each in several])
+        for several in (before, merged, map(torch.add, map(torch.Tensor.float, before), added))
+    )
+    step = 2.0 ** (sums.abs().log2().floor() + 1 - digits)
+    assert (sums.to(dtype).float() == base).float().mean() > 0.8
+    assert ((now - sums).abs() <= step).all()
+    # In units of a step, what is left over has a mean of 0 and a variance of f (1 - f), of the fraction f of the sum.
+    fraction = (sums / step).remainder(1)
+    variance = (fraction * (1 - fraction)).sum()
+    assert abs(((now - sums) / step).sum()) < 4 * variance.sqrt()
+    assert ((now - sums) / step).square().sum() == pytest.approx(float(variance), rel=0.1)
+
+
 def test_fused_is_undone_after_an_error(pipeline, adapter):
     inference.use_adapter(pipeline, adapter)
     before = weights(pipeline)
@@ -450,6 +480,42 @@ def test_base_sample_is_the_base_and_the_last_is_the_saved_adapter(config, base)
         True,
         True,
     ]
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_samples_are_drawn_with_the_adapter_merged(config, monkeypatch, precision):
+    """Into convolutions too, and they are what it draws beside the weights."""
+    lora = {"unet": LoraSpec(rank=2, target_modules=("to_q", "to_v", "conv1"))}
+    training = train(config.replace(mixed_precision=precision, max_train_steps=1, lora=lora))
+    list(training)
+    with torch.no_grad():
+        for weight in training.learner.all_weights():
+            weight.add_(0.05)
+    merged, draw = [], watching.generate
+    monkeypatch.setattr(
+        watching,
+        "generate",
+        lambda *a, **k: merged.extend(m.merged for m in attach.layers(a[0])) or draw(*a, **k),
+    )
+    files = watching.draw_samples(training, "merged", 1)
+    assert merged
+    assert all(merged)
+    pipeline = training.family.pipeline()
+    prompts, seeds = ["a fox", "a fox", "a car", "a car"], [11, 12, 11, 12]
+    apart, none = (
+        draw(pipeline, prompts, seeds, **training.config.sampling, scale=scale) for scale in (1, 0)
+    )
+    effect, error = (
+        np.mean(
+            [
+                np.abs(np.subtract(a, b, dtype=float)).mean()
+                for a, b in zip(apart, other, strict=True)
+            ]
+        )
+        for other in (none, [Image.open(file) for file in files])
+    )
+    assert effect > 1
+    assert error < 0.1 * effect, (error, effect)
 
 
 def test_samples_do_not_change_the_training(config, tmp_path):

@@ -108,6 +108,20 @@ def test_drawing_takes_the_packed_weights_and_gives_them_back():
         torch.testing.assert_close(conv(x), 2 * plain, atol=0, rtol=0)
 
 
+def test_what_an_adapter_is_merged_into_is_not_drawn_packed():
+    merged, other = convolution(8, 8, 3, padding=1), convolution(8, 8, 3, padding=1)
+    network = nn.Sequential(merged, other)
+    x = torch.randn(1, 8, 6, 6).bfloat16()
+    packing.pack(network)
+    with torch.no_grad(), packing.drawing(network, {merged}):
+        plain = merged(x)
+        merged.weight.data *= 2
+        merged.bias.data *= 2
+        torch.testing.assert_close(merged(x), 2 * plain, atol=0, rtol=0)
+        other(x)
+    assert (merged.forward.address, other.forward.address) == (None, other.weight.data_ptr())
+
+
 def test_samples_in_bf16_are_drawn_with_packed_weights(config, monkeypatch):
     ran, call = [], packing._Packed.__call__
     monkeypatch.setattr(

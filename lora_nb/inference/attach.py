@@ -18,6 +18,9 @@ from lora_nb.families.quantized import QuantizedLinear
 from lora_nb.formats import Plan, adapter_file, lokr, plan
 from lora_nb.formats.weights import scale_of
 
+# Bits of a float32 that half precision has no room for.
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+
 Layer = LoraLayer | LoKrLayer  # its `scaling` names the adapters on it
 
 Factor = float | Mapping[str, float]  # of all of an adapter, or by block, such as unet.mid_block
@@ -198,7 +201,9 @@ def fused(pipeline: Any) -> Iterator[Any]:
     """Merge the active adapters into the weights for speed; afterwards the weights are what they were, bit for bit.
 
     The kept copies are put back: subtracting what was added would leave rounding behind. Scales are fixed inside.
-    On quantized layers the adapters stay beside the weights, which could not hold them exactly.
+    On quantized layers the adapters stay beside the weights, which could not hold them exactly. In half precision a
+    sum becomes one of its two neighbours, at random and on average the sum (the same ones every time); rounded to the
+    nearer one, most of a small adapter would be lost. Source: Gupta et al. 2015, section 3, stochastic rounding.
     """
     kept = []
     try:
@@ -207,7 +212,7 @@ def fused(pipeline: Any) -> Iterator[Any]:
                 quantized = isinstance(layer.get_base_layer(), QuantizedLinear)
                 if not (layer.disable_adapters or layer.merged or quantized):
                     kept.append((layer, layer.get_base_layer().weight.detach().clone()))
-                    layer.merge()
+                    _merge(layer, seed=len(kept))
         yield pipeline
     finally:
         with torch.no_grad():
@@ -215,6 +220,25 @@ def fused(pipeline: Any) -> Iterator[Any]:
                 if layer.merged:
                     layer.unmerge()
                 layer.get_base_layer().weight.copy_(weight)
+
+
+def _merge(layer: Layer, seed: int) -> None:
+    weight = layer.get_base_layer().weight
+    narrow = weight.data
+    if narrow.dtype not in DROPPED:
+        layer.merge()
+        return
+    weight.data = narrow.float()
+    layer.merge()
+    sums, weight.data = weight.data, narrow  # others may have views of it
+    narrow.copy_(_randomly_rounded(sums, DROPPED[narrow.dtype], seed))
+
+
+def _randomly_rounded(sums: torch.Tensor, bits: int, seed: int) -> torch.Tensor:
+    """Float32 whose last bits are zero: one of the two such numbers around each, the nearer one more often."""
+    chance = torch.Generator(sums.device).manual_seed(seed)
+    added = torch.empty_like(sums, dtype=torch.int32).random_(1 << bits, generator=chance)
+    return (added.add_(sums.view(torch.int32)) & -(1 << bits)).view(torch.float32)
 
 
 def modules(pipeline: Any) -> list[torch.nn.Module]:

@@ -12,7 +12,7 @@ import torch
 from lora_nb import adapters, packing, trackers
 from lora_nb.errors import NumericsError
 from lora_nb.families import network
-from lora_nb.inference.attach import fused, modules
+from lora_nb.inference.attach import fused, layers, modules
 from lora_nb.inference.drawing import generate
 from lora_nb.run_folder import read_history
 
@@ -76,9 +76,7 @@ def draw_samples(training: Any, label: str, step: int) -> list[Path]:
     pipeline = family.pipeline()
     began = time.perf_counter()
     seeds = [config.seed + s for s in range(config.num_validation_images)]
-    # Merging rounds in half precision; there the samples keep the adapters apart, as training does.
-    exact = family.dtype == torch.float32
-    with _left_as_it_was(family), fused(pipeline) if exact else _as_in_a_step(training):
+    with _left_as_it_was(family), _quick(training):
         try:
             pictures = generate(
                 pipeline,
@@ -118,10 +116,22 @@ def _alarm(training: Any, step: int, what: str) -> None:
 
 
 @contextmanager
-def _as_in_a_step(training: Any) -> Iterator[None]:
-    """Inside, the network computes by what a step keeps for it: packed convolutions, adapters cast once."""
-    with packing.drawing(network(training.family)), training.learner.copies.fresh():
-        yield
+def _quick(training: Any) -> Iterator[None]:
+    """Inside, adapters are merged and convolutions packed; or the adapters cast once, as in a step."""
+    family = training.family
+    if _merges(family):
+        pipeline = family.pipeline()
+        merged = {layer.get_base_layer() for layer in layers(pipeline)}
+        with fused(pipeline), packing.drawing(network(family), merged):
+            yield
+    else:
+        with training.learner.copies.fresh():
+            yield
+
+
+def _merges(family: Any) -> bool:
+    """Whether samples are drawn so; on a GPU in half precision the weights to put back afterwards would cost memory."""
+    return family.device.type == "cpu" or family.dtype == torch.float32
 
 
 @contextmanager
