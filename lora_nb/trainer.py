@@ -4,6 +4,7 @@ It owns nothing visual; plots, samples and boards consume the records. accelerat
 Stopping at any time leaves a complete checkpoint, and the same call goes on from it, bit for bit on CPU in float32.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import math
@@ -102,6 +103,15 @@ def _finish(steps: Generator) -> None:
         raise CheckpointError(
             "This very process is training in that folder at the moment; let it end, or choose another output_dir."
         ) from error
+
+
+def _finish_all() -> None:
+    """Loops that were left half way save what they have when the interpreter ends, while there still is one."""
+    for steps in list(RUNNING.values()):
+        with contextlib.suppress(
+            ValueError
+        ):  # it is executing: another thread's, which has a `before_exit`
+            steps.close()
 
 
 class Training:
@@ -215,6 +225,10 @@ class Training:
     def __iter__(self) -> Generator[Step]:
         steps = self._steps()
         RUNNING[self.folder.resolve()] = steps
+        atexit.unregister(_finish_all)
+        atexit.register(
+            _finish_all
+        )  # what is registered last is called first: before locks are given up
         return steps
 
     def _steps(self) -> Generator[Step]:

@@ -287,6 +287,29 @@ def test_a_killed_process_loses_at_most_one_interval(config):
     assert [s.loss for s in resumed] == [s.loss for s in straight[3:]]
 
 
+def test_what_is_half_way_when_python_ends_is_saved(config):
+    """Where a name still has the loop, and where only a knot of references has."""
+    runs = [config.replace(output_dir=f"{config.output_dir}-{name}") for name in ("name", "knot")]
+    files = [run.output_dir + ".json" for run in runs]
+    for run, file in zip(runs, files, strict=True):
+        Path(file).write_text(run.to_json())
+    code = (
+        "import sys\nfrom lora_nb.config import TrainConfig\nfrom lora_nb.trainer import train\n"
+        "def half(file):\n"
+        "    steps = iter(train(TrainConfig.from_json(open(file).read())))\n"
+        "    return next(steps), next(steps), steps\n"
+        "kept, knot = half(sys.argv[1]), [half(sys.argv[2])]\n"
+        "knot.append(knot)\ndel knot\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr, done.stderr
+    assert [checkpoint.latest(Path(run.output_dir)).step for run in runs] == [2, 2]
+    assert [s.step for s in train(runs[1])] == [3, 4]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA GPU")
 def test_8_bit_moments_are_refused_where_there_is_no_gpu(config):
     with pytest.raises(ConfigError, match="use_8bit_adam needs a CUDA GPU"):
