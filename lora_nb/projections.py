@@ -177,6 +177,8 @@ class GroupedAttention:
         self._shared: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.copies: dict[tuple[str, ...], _Copies] = {}
         self.fresh = False  # whether the copies are of what the factors are now
+        self.drawing = False
+        self.text: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # with its keys and values
 
     def __call__(
         self,
@@ -192,13 +194,30 @@ class GroupedAttention:
             return AttnProcessor2_0()(attn, hidden_states, *others, **rest)
         dtype, wide = hidden_states.dtype, _of_attention(hidden_states)
         if encoder_hidden_states is None:
-            parts = self._project(attn, ("to_q", "to_k", "to_v"), hidden_states, dtype, wide)
+            names = ("to_q", "to_k", "to_v")
+            q, k, v = self._heads(attn, names, hidden_states, dtype, wide)
         else:
-            parts = self._project(attn, ("to_q",), hidden_states, dtype, wide)
-            parts += self._project(attn, ("to_k", "to_v"), encoder_hidden_states, dtype, wide)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+            [q] = self._heads(attn, ("to_q",), hidden_states, dtype, wide)
+            k, v = self._of_text(attn, encoder_hidden_states, dtype, wide)
         mixed = attention(q, k, v).transpose(1, 2).flatten(2)
         return attn.to_out[1](*self._project(attn, ("to_out.0",), mixed, dtype, dtype))
+
+    def _of_text(
+        self, attn: Attention, text: torch.Tensor, dtype: torch.dtype, wide: torch.dtype
+    ) -> list[torch.Tensor]:
+        """Its keys and values; inside `drawing` those of the same tensor as before are not computed again."""
+        names = ("to_k", "to_v")
+        if torch.compiler.is_compiling() or not self.drawing:
+            return self._heads(attn, names, text, dtype, wide)
+        if self.text is None or self.text[0] is not text:
+            parts = self._heads(attn, names, text, dtype, wide)
+            self.text = text, [part.to(wide) for part in parts]
+        return self.text[1]
+
+    def _heads(self, attn: Attention, *projection: Any) -> list[torch.Tensor]:
+        """What `_project` gives, as (B, heads, N, width of a head)."""
+        parts = self._project(attn, *projection)
+        return [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts]
 
     def lay(self, attn: Attention) -> None:
         """Lay the frozen weights of the layers with a common input below each other, unless they lie so."""
@@ -291,8 +310,7 @@ class Copies:
     """
 
     def __init__(self, network: nn.Module):
-        modules = [getattr(module, "processor", None) for module in network.modules()]
-        self.processors = [each for each in modules if isinstance(each, GroupedAttention)]
+        self.processors = _grouped(network)
         for processor in self.processors:
             processor.copies = {}
 
@@ -311,6 +329,27 @@ class Copies:
         finally:
             for processor in self.processors:
                 processor.fresh = False
+
+
+@contextmanager
+def drawing(network: nn.Module) -> Iterator[None]:
+    """Inside, grouped attention computes keys and values of a text once, not at every denoising step of a picture.
+
+    A pipeline hands on one tensor for all of them. Layers must not change inside.
+    """
+    processors = _grouped(network)
+    try:
+        for processor in processors:
+            processor.drawing = True
+        yield
+    finally:
+        for processor in processors:
+            processor.drawing, processor.text = False, None
+
+
+def _grouped(network: nn.Module) -> list[GroupedAttention]:
+    processors = [getattr(module, "processor", None) for module in network.modules()]
+    return [each for each in processors if isinstance(each, GroupedAttention)]
 
 
 def _layers(attn: Attention, names: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -9,6 +9,7 @@ from lora_nb import adapters, projections
 from lora_nb.config import LoraSpec
 from lora_nb.families import load_family
 from lora_nb.inference import draw_samples, fused, generate, use_adapter, watching
+from lora_nb.projections import GroupedAttention
 from lora_nb.trainer import train
 
 
@@ -339,3 +340,41 @@ def test_samples_in_bf16_that_are_not_merged_take_the_copies_of_a_step(config, m
     [file] = draw_samples(training, "cast", 1)
     assert made
     assert Image.open(file).tobytes() == drawn
+
+
+def prediction(family, text):
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(family.dtype)
+    with torch.no_grad():
+        return family.predict(x, torch.tensor([10, 900]), {"encoder_hidden_states": text})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_while_drawing_a_text_is_projected_once(tiny_sd, monkeypatch, dtype):
+    """Of the last tensor, and to the bit what is computed anew; afterwards nothing of it is held."""
+    family, read = adapted(tiny_sd, dtype), []
+    layers = projections.group(family) // 2  # with cross attention
+    project = GroupedAttention._project
+    monkeypatch.setattr(GroupedAttention, "_project", lambda *a: read.append(a[2]) or project(*a))
+    texts = [torch.randn(2, 16, 32).to(dtype) for _ in range(2)]
+    plain = [prediction(family, text) for text in texts]
+    read.clear()
+    with projections.drawing(family.unet):
+        drawn = [prediction(family, text) for text in (texts[0], texts[0], texts[1], texts[0])]
+    assert read.count(("to_k", "to_v")) == 3 * layers
+    for one, other in zip(drawn, (plain[0], plain[0], plain[1], plain[0]), strict=True):
+        assert torch.equal(one, other)
+    read.clear()
+    prediction(family, texts[0])
+    assert read.count(("to_k", "to_v")) == layers
+    processors = [m.processor for m in family.unet.modules() if isinstance(m, Attention)]
+    assert all(processor.text is None for processor in processors)
+
+
+def test_samples_are_drawn_with_texts_projected_once(config, monkeypatch):
+    run = config.replace(validation_prompts=("a cat",), num_validation_images=1)
+    training = train(run.replace(max_train_steps=1, num_inference_steps=3))
+    list(training)
+    read, project = [], GroupedAttention._project
+    monkeypatch.setattr(GroupedAttention, "_project", lambda *a: read.append(a[2]) or project(*a))
+    draw_samples(training, "once", 1)
+    assert read.count(("to_q",)) == 3 * read.count(("to_k", "to_v")) > 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_nb import adapters, packing, trackers
+from lora_nb import adapters, packing, projections, trackers
 from lora_nb.errors import NumericsError
 from lora_nb.families import network
 from lora_nb.inference.attach import fused, layers, modules
@@ -117,12 +117,12 @@ def _alarm(training: Any, step: int, what: str) -> None:
 
 @contextmanager
 def _quick(training: Any) -> Iterator[None]:
-    """Inside, adapters are merged and convolutions packed; or the adapters cast once, as in a step."""
+    """Inside, adapters are merged, convolutions packed, texts projected once; or adapters cast once, as in a step."""
     family = training.family
     if _merges(family):
-        pipeline = family.pipeline()
+        pipeline, drawn = family.pipeline(), network(family)
         merged = {layer.get_base_layer() for layer in layers(pipeline)}
-        with fused(pipeline), packing.drawing(network(family), merged):
+        with fused(pipeline), packing.drawing(drawn, merged), projections.drawing(drawn):
             yield
     else:
         with training.learner.copies.fresh():
