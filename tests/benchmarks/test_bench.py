@@ -25,6 +25,7 @@ from lora_nb.bench.draws import Draws
 from lora_nb.bench.switches import SWITCHES
 from lora_nb.config import TrainConfig
 from lora_nb.errors import ConfigError
+from lora_nb.families import widened
 from lora_nb.families.shapes import SHAPES
 from lora_nb.families.shapes import parts as modules
 
@@ -130,6 +131,9 @@ def test_a_part_is_plain_data_that_becomes_a_table(small, parity, part, request)
         "forecast": "| whole run |",
     }
     assert expected[part] in text
+    assert ("those rows are against its float32" in text) == (
+        part == "training" and not widened.SUPPORTED
+    )
     if part == "switches":
         assert all(r["difference"] <= r["allowed"] for r in found["rows"] if r["allowed"])
 
