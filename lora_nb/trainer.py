@@ -106,11 +106,12 @@ def _finish(steps: Generator) -> None:
 
 
 def _finish_all() -> None:
-    """Loops that were left half way save what they have when the interpreter ends, while there still is one."""
+    """Loops that were left half way save what they have when the interpreter ends, while there still is one.
+
+    One that is executing is another thread's, and that has a `stopping.before_exit`.
+    """
     for steps in list(RUNNING.values()):
-        with contextlib.suppress(
-            ValueError
-        ):  # it is executing: another thread's, which has a `before_exit`
+        with contextlib.suppress(ValueError):
             steps.close()
 
 
@@ -225,10 +226,9 @@ class Training:
     def __iter__(self) -> Generator[Step]:
         steps = self._steps()
         RUNNING[self.folder.resolve()] = steps
+        # What is registered last is called first: before this run's lock is given up.
         atexit.unregister(_finish_all)
-        atexit.register(
-            _finish_all
-        )  # what is registered last is called first: before locks are given up
+        atexit.register(_finish_all)
         return steps
 
     def _steps(self) -> Generator[Step]:

@@ -363,7 +363,6 @@ def test_a_package_replaced_under_the_running_kernel_wants_a_restart(elsewhere):
     assert "restart" in check.fix
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
 def test_python_does_not_look_for_cycles_among_the_libraries_when_it_ends():
     code = (
         "import atexit, gc; atexit.register(lambda: print(len(gc.get_objects()))); "
@@ -374,6 +373,7 @@ def test_python_does_not_look_for_cycles_among_the_libraries_when_it_ends():
     assert at_the_end < 0.01 * before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
 @pytest.mark.parametrize(("own", "expected"), [({}, "500"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_threads_of_torch_wait_as_the_package_says_unless_the_user_does(own, expected):
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | own

@@ -303,6 +303,15 @@ def test_fused_is_undone_after_an_error(pipeline, adapter):
     assert_same_weights(weights(pipeline), before)
 
 
+def test_fused_is_undone_where_merging_is_interrupted(base, adapter, monkeypatch):
+    pipeline = inference.load_pipeline(base, adapter, dtype=torch.bfloat16)
+    before = weights(pipeline)
+    monkeypatch.setattr(attach.layers(pipeline)[2], "merge", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), inference.fused(pipeline):
+        pass
+    assert_same_weights(weights(pipeline), before)
+
+
 def test_scale_sweep_starts_at_the_base(pipeline, adapter):
     base_picture = inference.generate(pipeline, "a fox", [1, 2], **SAMPLING)
     inference.use_adapter(pipeline, adapter, scale=0.9)

@@ -229,8 +229,11 @@ def _merge(layer: Layer, seed: int) -> None:
         layer.merge()
         return
     weight.data = narrow.float()
-    layer.merge()
-    sums, weight.data = weight.data, narrow  # others may have views of it
+    try:
+        layer.merge()
+        sums = weight.data
+    finally:
+        weight.data = narrow  # others may have views of it
     narrow.copy_(_randomly_rounded(sums, DROPPED[narrow.dtype], seed))
 
 
