@@ -12,7 +12,7 @@ import torch
 from lora_nb import forwards
 from lora_nb.errors import ConfigError
 from lora_nb.families import Family, network
-from lora_nb.projections import GroupedAttention
+from lora_nb.projections import grouped
 
 SHAPES = 64  # kinds of input that one kind of block is compiled for, before it runs as it is
 
@@ -55,11 +55,7 @@ class _Forward:
     def __init__(self, block: torch.nn.Module):
         self.own = type(block).forward.__get__(block)
         self.compiled = torch.compile(self.own, dynamic=False)
-        self.grouped = [
-            m
-            for m in block.modules()
-            if isinstance(getattr(m, "processor", None), GroupedAttention)
-        ]
+        self.grouped = grouped(block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

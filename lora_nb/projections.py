@@ -207,7 +207,7 @@ class GroupedAttention:
     ) -> list[torch.Tensor]:
         """Its keys and values; inside `drawing` those of the same tensor as before are not computed again."""
         names = ("to_k", "to_v")
-        if torch.compiler.is_compiling() or not self.drawing:
+        if not self.drawing:
             return self._heads(attn, names, text, dtype, wide)
         if self.text is None or self.text[0] is not text:
             parts = self._heads(attn, names, text, dtype, wide)
@@ -310,7 +310,7 @@ class Copies:
     """
 
     def __init__(self, network: nn.Module):
-        self.processors = _grouped(network)
+        self.processors = [attn.processor for attn in grouped(network)]
         for processor in self.processors:
             processor.copies = {}
 
@@ -337,7 +337,7 @@ def drawing(network: nn.Module) -> Iterator[None]:
 
     A pipeline hands on one tensor for all of them. Layers must not change inside.
     """
-    processors = _grouped(network)
+    processors = [attn.processor for attn in grouped(network)]
     try:
         for processor in processors:
             processor.drawing = True
@@ -347,9 +347,10 @@ def drawing(network: nn.Module) -> Iterator[None]:
             processor.drawing, processor.text = False, None
 
 
-def _grouped(network: nn.Module) -> list[GroupedAttention]:
-    processors = [getattr(module, "processor", None) for module in network.modules()]
-    return [each for each in processors if isinstance(each, GroupedAttention)]
+def grouped(network: nn.Module) -> list[Attention]:
+    """The attention layers in a module that compute so."""
+    found = [module for module in network.modules() if isinstance(module, Attention)]
+    return [attn for attn in found if isinstance(attn.processor, GroupedAttention)]
 
 
 def _layers(attn: Attention, names: tuple[str, ...]) -> tuple[list[nn.Module], list[nn.Module]]:

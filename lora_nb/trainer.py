@@ -108,11 +108,13 @@ def _finish(steps: Generator) -> None:
 def _finish_all() -> None:
     """Loops that were left half way save what they have when the interpreter ends, while there still is one.
 
-    One that is executing is another thread's, and that has a `stopping.before_exit`.
+    Each does, also where another one fails. One that is executing is another thread's, and that has a
+    `stopping.before_exit`.
     """
-    for steps in list(RUNNING.values()):
-        with contextlib.suppress(ValueError):
-            steps.close()
+    with contextlib.ExitStack() as ends:
+        for steps in RUNNING.values():
+            if not steps.gi_running:
+                ends.callback(steps.close)
 
 
 class Training:

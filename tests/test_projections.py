@@ -348,13 +348,19 @@ def prediction(family, text):
         return family.predict(x, torch.tensor([10, 900]), {"encoder_hidden_states": text})
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the layers that are projected together, in turn."""
+    names, project = [], GroupedAttention._project
+    monkeypatch.setattr(GroupedAttention, "_project", lambda *a: names.append(a[2]) or project(*a))
+    return names
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_while_drawing_a_text_is_projected_once(tiny_sd, monkeypatch, dtype):
+def test_while_drawing_a_text_is_projected_once(tiny_sd, read, dtype):
     """Of the last tensor, and to the bit what is computed anew; afterwards nothing of it is held."""
-    family, read = adapted(tiny_sd, dtype), []
+    family = adapted(tiny_sd, dtype)
     layers = projections.group(family) // 2  # with cross attention
-    project = GroupedAttention._project
-    monkeypatch.setattr(GroupedAttention, "_project", lambda *a: read.append(a[2]) or project(*a))
     texts = [torch.randn(2, 16, 32).to(dtype) for _ in range(2)]
     plain = [prediction(family, text) for text in texts]
     read.clear()
@@ -370,11 +376,10 @@ def test_while_drawing_a_text_is_projected_once(tiny_sd, monkeypatch, dtype):
     assert all(processor.text is None for processor in processors)
 
 
-def test_samples_are_drawn_with_texts_projected_once(config, monkeypatch):
+def test_samples_are_drawn_with_texts_projected_once(config, read):
     run = config.replace(validation_prompts=("a cat",), num_validation_images=1)
     training = train(run.replace(max_train_steps=1, num_inference_steps=3))
     list(training)
-    read, project = [], GroupedAttention._project
-    monkeypatch.setattr(GroupedAttention, "_project", lambda *a: read.append(a[2]) or project(*a))
+    read.clear()
     draw_samples(training, "once", 1)
     assert read.count(("to_q",)) == 3 * read.count(("to_k", "to_v")) > 0

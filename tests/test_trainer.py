@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,18 @@ def test_what_is_half_way_when_python_ends_is_saved(config):
     assert "Traceback" not in done.stderr, done.stderr
     assert [checkpoint.latest(Path(run.output_dir)).step for run in runs] == [2, 2]
     assert [s.step for s in train(runs[1])] == [3, 4]
+
+
+def test_a_loop_that_cannot_be_saved_when_python_ends_does_not_keep_others_from_it(config):
+    first, kept, last = (config.replace(output_dir=f"{config.output_dir}-{i}") for i in range(3))
+    loops = [iter(train(run)) for run in (first, kept, last)]
+    for steps in loops:
+        next(steps)
+    for gone in (first, last):
+        shutil.rmtree(gone.output_dir)
+    with pytest.raises(CheckpointError, match="no longer this training's"):
+        trainer._finish_all()
+    assert checkpoint.latest(Path(kept.output_dir)).step == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA GPU")
