@@ -16,6 +16,8 @@ from lora_nb import forwards
 from lora_nb.families import widened
 
 ONES = (1, 1)  # stride and dilation
+# Numbers of an input for each of the weight, from which on the output's way back to torch's layout takes longer.
+MOST = 2
 
 
 def pack(network: nn.Module) -> int:
@@ -67,39 +69,48 @@ class _Forward:
     drawing = False
 
     def __init__(self, conv: nn.Conv2d):
-        self.conv, self.address = conv, None
+        self.conv, self.packed_for = conv, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"conv": self.conv, "address": None}  # a copy packs its own: torch cannot copy these
+        return {"conv": self.conv, "packed_for": None}  # a copy packs its own: torch cannot copy these
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
         wanted = self.drawing or torch.is_grad_enabled()
         fits = widened.narrow(x) and widened.narrow(conv.weight)
-        if torch.compiler.is_compiling() or not (wanted and fits):
+        pays = x.numel() < MOST * conv.weight.numel()
+        if torch.compiler.is_compiling() or not (wanted and fits and pays):
             return type(conv).forward(conv, x)
-        if self.address != conv.weight.data_ptr():
+        wanted = conv.weight.data_ptr(), x.shape
+        if self.packed_for != wanted:
+            self.packed_for = wanted
             self._pack(conv.weight.detach())
         return _Convolution.apply(x, conv.bias, self)
 
     def _pack(self, weight: torch.Tensor) -> None:
         sizes, padding = self.conv.kernel_size, self.conv.padding
-        self.address = weight.data_ptr()
         self.there = _Packed(weight, padding)
         # What a picture gets from its neighbours it gives back to them: the same convolution, turned by half a turn.
         edges = [size - 1 - pad for size, pad in zip(sizes, padding, strict=True)]
-        self.back = _Packed(weight.flip(2, 3).transpose(0, 1).contiguous(), edges)
+        self.back = _Packed(weight.flip(2, 3).transpose(0, 1), edges)
 
 
 class _Packed:
-    """A weight (out, in, height, width) as the kernel reads it, for a padding."""
+    """A weight (out, in, height, width) as the kernel reads it, for a padding and the size of its first input.
+
+    How the kernel reads it depends on that size, and laying it out anew from another layout takes up to a hundred times
+    as long as the convolution.
+    """
 
     def __init__(self, weight: torch.Tensor, padding: Any):
-        self.padding = list(padding)
-        pack = torch.ops.mkldnn._reorder_convolution_weight
-        self.weight = pack(weight, self.padding, ONES, ONES, 1, None)
+        self.padding, self.weight = list(padding), weight
+        self.packed = False
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not self.packed:
+            pack, self.packed = torch.ops.mkldnn._reorder_convolution_weight, True
+            weight = self.weight.contiguous()
+            self.weight = pack(weight, self.padding, ONES, ONES, 1, list(x.shape))
         run = torch.ops.mkldnn._convolution_pointwise
         y = run(x, self.weight, bias, self.padding, ONES, ONES, 1, "none", [], "")
         return y.contiguous()  # norms and whatever follows are fast in this layout only
