@@ -72,7 +72,8 @@ class _Forward:
         self.conv, self.packed_for = conv, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"conv": self.conv, "packed_for": None}  # a copy packs its own: torch cannot copy these
+        # A copy packs its own, as torch cannot copy these.
+        return {"conv": self.conv, "packed_for": None}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
@@ -98,8 +99,8 @@ class _Forward:
 class _Packed:
     """A weight (out, in, height, width) as the kernel reads it, for a padding and the size of its first input.
 
-    How the kernel reads it depends on that size, and laying it out anew from another layout takes up to a hundred times
-    as long as the convolution.
+    How the kernel reads it depends on that size, and it takes up to 80 times a convolution to lay out anew what was laid
+    out for another.
     """
 
     def __init__(self, weight: torch.Tensor, padding: Any):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lora_nb import adapters
-from lora_nb.families import Family, network
+from lora_nb.families import Family, network, products
 from lora_nb.families.widened import computed_in, linear, narrow, operands
 
 # Entries of a layer's weight up to which a CPU has multiplied them before it has started one more product.
@@ -51,7 +51,7 @@ class Projection(torch.autograd.Function):
         branches = _of_branches(weight)
         a, b = copies or _stacked(factors, branches)
         inner = _scaled(x.to(branches) @ a.T, scale)  # (N, layers x rank)
-        y = F.linear(*operands(x, weight, bias)).to(branches)
+        y = products.product(*operands(x, weight, bias)).to(branches)
         _add_products(_by_layer(y, len(b)), _by_layer(inner, len(b)), b.mT)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, inner, a, b)
@@ -62,7 +62,7 @@ class Projection(torch.autograd.Function):
     def backward(ctx: Any, dy: Any) -> Any:
         x, weight, inner, a, b = ctx.saved_tensors
         layers, rank = len(b), b.shape[2]
-        dx = torch.mm(*operands(dy, weight)[:2]) if ctx.needs_input_grad[0] else None
+        dx = products.multiply(*operands(dy, weight)[:2]) if ctx.needs_input_grad[0] else None
         dys, d_inner = _by_layer(dy.to(a.dtype), layers), torch.empty_like(inner)
         _multiply(dys, b, out=_by_layer(d_inner, layers))
         _scaled(d_inner, ctx.scale)
@@ -109,7 +109,7 @@ def summed_projection(
     a, b = _stacked(factors, torch.float32)
     weight, a = (each.float().unflatten(0, (len(b), -1)) for each in (weight, a))
     summed = torch.baddbmm(weight, b, a, alpha=scale).flatten(0, 1)
-    return F.linear(*operands(x, summed, bias)).to(dtype)
+    return products.linear(*operands(x, summed, bias)).to(dtype)
 
 
 def _small(weight: torch.Tensor, layers: int) -> bool:

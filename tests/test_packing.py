@@ -96,7 +96,7 @@ def test_it_is_torchs_without_gradients_and_after_a_move():
 
 @pytest.mark.parametrize(("wide", "narrow", "side"), [(384, 256, 4), (384, 128, 8), (192, 64, 16)])
 def test_weights_lie_as_the_kernel_reads_them_at_that_size(wide, narrow, side):
-    """Laid out for another size they are laid out anew at each call, in up to a hundred times the convolution's time."""
+    """Laid out for another size they are laid out anew at each call, in up to 80 times the convolution's time."""
     conv = convolution(wide, narrow, 3, padding=1)
     plain = copy.deepcopy(conv)
     packing.pack(conv)
@@ -213,6 +213,6 @@ def test_a_training_in_bf16_learns_the_same(config, targets):
 def test_a_training_in_float32_packs_nothing(config):
     training = train(config)
     next(iter(training))
-    others = (Attention, ResnetBlock2D)  # which have forwards of ours in any precision
+    others = (Attention, ResnetBlock2D, nn.Linear)  # which have forwards of ours in any precision
     modules = [m for m in network(training.family).modules() if not isinstance(m, others)]
     assert not any("forward" in vars(m) for m in modules)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from lora_nb import rng
-from lora_nb.families import widened
+from lora_nb.families import products, widened
 from lora_nb.objectives import CosineDiffusion, Diffusion, FlowMatching
 
 
@@ -64,6 +64,7 @@ def freeze(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) ->
     torch.nn.Module.to(module, device, dtype)
     module.requires_grad_(False).eval()
     widened.widen(module)
+    products.use(module)
 
 
 def move(family: "Family", device: str | torch.device) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lora_nb.errors import ConfigError
+from lora_nb.families import products
 from lora_nb.families.widened import linear, operands
 
 KINDS = ("int8", "nf4")  # the larger first
@@ -107,7 +108,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         wide, weight, _ = operands(dy, ctx.layer.widened(dy.dtype))
-        return (wide @ weight).to(dy.dtype), None
+        return products.multiply(wide, weight).to(dy.dtype), None
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lora_nb.families import products
+
 # Whether this machine's kernels know bfloat16; asked once, as the question cannot be compiled.
 SUPPORTED = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -46,7 +48,8 @@ def widen(module: nn.Module) -> int:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + b in x's dtype, (..., out), of a frozen weight (out, in); what was widened is not kept for a gradient."""
-    return _product(x, weight, bias) if _slow(x, weight) else F.linear(x, weight, bias)
+    run = _product if _slow(x, weight) else products.linear
+    return run(x, weight, bias)
 
 
 def _can(layer: nn.Module) -> bool:
@@ -77,7 +80,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: Any, how: Any = None) 
 
 def _computed(x: torch.Tensor, weight: torch.Tensor, bias: Any, how: Any) -> torch.Tensor:
     wide = operands(x, weight, bias)
-    y = F.linear(*wide) if how is None else F.conv2d(*wide, *how)
+    y = products.product(*wide) if how is None else F.conv2d(*wide, *how)
     return y.to(x.dtype)
 
 
@@ -95,6 +98,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Any) -> Any:
         wide, weight, _ = operands(dy, *ctx.saved_tensors)
         if ctx.how is None:
-            return (wide @ weight).to(dy.dtype), None, None, None
+            return products.multiply(wide, weight).to(dy.dtype), None, None, None
         dx = nn.grad.conv2d_input(ctx.shape, weight, wide, *ctx.how)
         return dx.to(dy.dtype), None, None, None
