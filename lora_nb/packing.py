@@ -1,10 +1,10 @@
-"""Frozen convolutions in bfloat16 on a CPU, with weights that are laid out once as the processor's kernels read them.
+"""Frozen convolutions on a CPU with weights that are laid out once as the processor's kernels read them.
 
-torch has them laid out anew at every call, which takes longer than a small convolution itself. The copies cost as much
-memory as the weights, twice: one is for the gradient.
+torch has them laid out anew at every call, which takes longer than a small convolution itself. The copies for steps in
+bfloat16 cost as much memory as the weights, twice: one is for the gradient.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,19 +17,17 @@ from lora_nb.families import widened
 
 ONES = (1, 1)  # stride and dilation
 # Numbers of an input for each of the weight, from which on the output's way back to torch's layout takes longer.
-MOST = 2
+MOST = 1
 
 
 def pack(network: nn.Module) -> int:
     """Let the convolutions that can compute so in steps with gradients; returns how many do.
 
     Those of stride 1 in bfloat16 on a CPU that knows it. Without gradients a convolution is torch's own, as something
-    may have been merged into it, unless inside `drawing`; weights that were moved are packed again.
+    may have been merged into it; weights that were moved are packed again.
     """
     unpack(network)
-    found = [m for m in network.modules() if type(m) is nn.Conv2d and _can(m)]
-    if not (found and widened.SUPPORTED):
-        return 0
+    found = [conv for conv in _found(network) if widened.narrow(conv.weight)]
     for conv in found:
         conv.forward = _Forward(conv)
     return len(found)
@@ -41,21 +39,29 @@ def unpack(network: nn.Module) -> None:
 
 
 @contextmanager
-def drawing(network: nn.Module, merged: Container[nn.Module] = ()) -> Iterator[None]:
-    """Inside, packed convolutions compute so without gradients too, but for those that something is merged into."""
-    packed = [m.forward for m in forwards.having(network, _Forward) if m not in merged]
-    for forward in packed:
-        forward.drawing = True
+def drawing(network: nn.Module) -> Iterator[None]:
+    """Inside, convolutions compute so without gradients, in float32 too; their weights must not change there."""
+    before = {conv: vars(conv).get("forward") for conv in _found(network)}
+    for conv in before:
+        conv.forward = _Forward(conv, drawing=True)
     try:
         yield
     finally:
-        for forward in packed:
-            forward.drawing = False
+        for conv, forward in before.items():
+            if forward is None:
+                del conv.forward
+            else:
+                conv.forward = forward
+
+
+def _found(network: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in network.modules() if type(m) is nn.Conv2d and _can(m)]
 
 
 def _can(conv: nn.Conv2d) -> bool:
     return (
-        widened.narrow(conv.weight)
+        torch.backends.mkldnn.is_available()
+        and _known(conv.weight)
         and (conv.stride, conv.dilation, conv.groups) == (ONES, ONES, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
@@ -63,44 +69,49 @@ def _can(conv: nn.Conv2d) -> bool:
     )
 
 
+def _known(tensor: torch.Tensor) -> bool:
+    """Whether the kernels know its dtype, and it is on their device."""
+    known = (torch.float32, torch.bfloat16) if widened.SUPPORTED else (torch.float32,)
+    return tensor.device.type == "cpu" and tensor.dtype in known
+
+
 class _Forward:
     """The forward of a convolution: by packed weights where there are gradients or it draws, its own elsewhere."""
 
-    drawing = False
-
-    def __init__(self, conv: nn.Conv2d):
-        self.conv, self.packed_for = conv, None
+    def __init__(self, conv: nn.Conv2d, drawing: bool = False):
+        self.conv, self.drawing, self.packed_for = conv, drawing, None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy packs its own, as torch cannot copy these.
-        return {"conv": self.conv, "packed_for": None}
+        return {"conv": self.conv, "drawing": self.drawing, "packed_for": None}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
-        wanted = self.drawing or torch.is_grad_enabled()
-        fits = widened.narrow(x) and widened.narrow(conv.weight)
+        wanted = self.drawing != torch.is_grad_enabled()
+        fits = _known(x) and x.dtype == conv.weight.dtype
         pays = x.numel() < MOST * conv.weight.numel()
         if torch.compiler.is_compiling() or not (wanted and fits and pays):
             return type(conv).forward(conv, x)
-        wanted = conv.weight.data_ptr(), x.shape
-        if self.packed_for != wanted:
-            self.packed_for = wanted
+        packing = conv.weight.data_ptr(), x.shape
+        if self.packed_for != packing:
+            self.packed_for = packing
             self._pack(conv.weight.detach())
-        return _Convolution.apply(x, conv.bias, self)
+        return self.there(x, conv.bias) if self.drawing else _Convolution.apply(x, conv.bias, self)
 
     def _pack(self, weight: torch.Tensor) -> None:
         sizes, padding = self.conv.kernel_size, self.conv.padding
         self.there = _Packed(weight, padding)
-        # What a picture gets from its neighbours it gives back to them: the same convolution, turned by half a turn.
-        edges = [size - 1 - pad for size, pad in zip(sizes, padding, strict=True)]
-        self.back = _Packed(weight.flip(2, 3).transpose(0, 1), edges)
+        if not self.drawing:
+            # What a picture gets from its neighbours it gives back to them: the same convolution, turned half round.
+            edges = [size - 1 - pad for size, pad in zip(sizes, padding, strict=True)]
+            self.back = _Packed(weight.flip(2, 3).transpose(0, 1), edges)
 
 
 class _Packed:
     """A weight (out, in, height, width) as the kernel reads it, for a padding and the size of its first input.
 
-    How the kernel reads it depends on that size, and it takes up to 80 times a convolution to lay out anew what was laid
-    out for another.
+    How the kernel reads it depends on that size. To lay out anew what was laid out for another takes up to 80 times as
+    long as the convolution.
     """
 
     def __init__(self, weight: torch.Tensor, padding: Any):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lora_nb import adapters, inference
 from lora_nb.config import DataSpec, LoraSpec, TrainConfig
 from lora_nb.errors import ConfigError, FormatError, ModelError, NumericsError
-from lora_nb.families import load_family, tiny
+from lora_nb.families import load_family, tiny, widened
 from lora_nb.formats import save_adapter
 from lora_nb.inference import attach, drawing, watching
 from lora_nb.run_folder import read_history
@@ -149,6 +149,20 @@ def test_half_precision_network_beside_float32_decoder(base):
     pipeline = inference.load_pipeline(base, dtype=torch.bfloat16)
     assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32)
     assert np.abs(pixels(pipeline) - pixels(inference.load_pipeline(base))).mean() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_that_knows_it_decodes_latents_of_bfloat16_in_it(base, monkeypatch, dtype):
+    """And only those; what that changes is far less than what a denoiser in bfloat16 does."""
+    pipeline, seen, drawn = inference.load_pipeline(base, dtype=dtype), [], []
+    pipeline.vae.decoder.conv_out.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    for supported in (False, True):
+        monkeypatch.setattr(widened, "SUPPORTED", supported)
+        drawn.append(pixels(pipeline))
+    assert seen == [torch.float32, dtype]
+    difference = np.abs(drawn[0] - drawn[1])
+    assert difference.max() < 0.03
+    assert (difference.mean() > 0) == (dtype == torch.bfloat16)
 
 
 def test_not_finite_is_refused(pipeline):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# Multiplications up to which starting oneDNN takes longer than is saved.
-FEW = 2**19
+# Multiplications from which on a layer saves more than a function with a gradient of its own takes.
+FEW = 2**22
 
 
 def _wider() -> bool:
@@ -34,7 +34,7 @@ def sooner(x: torch.Tensor, weight: torch.Tensor) -> bool:
         WIDER
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
-        and x.numel() * len(weight) > FEW
+        and x.numel() * len(weight) >= FEW
         and not torch.compiler.is_compiling()
     )
 

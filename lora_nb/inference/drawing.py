@@ -12,6 +12,7 @@ from diffusers.utils import numpy_to_pil
 from PIL.Image import Image
 
 from lora_nb.errors import ConfigError, NumericsError
+from lora_nb.families import widened
 from lora_nb.inference.attach import Scale, fused, scaled
 
 # Pipelines whose second stage takes all pictures of a batch for those of one prompt.
@@ -109,13 +110,23 @@ def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tup
 
 @contextmanager
 def _decoding_in_the_decoder_dtype(pipeline: Any) -> Iterator[None]:
-    """Hand the VAE (or MoVQ) latents of its own dtype: it stays float32 beside half-precision networks."""
+    """Hand the VAE (or MoVQ) latents of its own dtype: it stays float32 beside half-precision networks.
+
+    On a CPU that knows bfloat16 it decodes such latents in that, in half the time; a pixel of the course's pictures
+    differs by a fifth of a level of 256.
+    """
     vae = getattr(pipeline, "vae", None) or getattr(pipeline, "movq", None)
     if vae is None:
         yield
         return
     decode = vae.decode
-    vae.decode = lambda latents, *args, **kwargs: decode(latents.to(vae.dtype), *args, **kwargs)
+
+    def decoding(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        known = widened.SUPPORTED and widened.narrow(latents)
+        with torch.autocast("cpu", torch.bfloat16, enabled=known):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decoding
     try:
         yield
     finally:

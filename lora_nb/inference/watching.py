@@ -12,7 +12,7 @@ import torch
 from lora_nb import adapters, packing, projections, trackers
 from lora_nb.errors import NumericsError
 from lora_nb.families import network
-from lora_nb.inference.attach import fused, layers, modules
+from lora_nb.inference.attach import fused, modules
 from lora_nb.inference.drawing import generate
 from lora_nb.run_folder import read_history
 
@@ -121,8 +121,7 @@ def _quick(training: Any) -> Iterator[None]:
     family = training.family
     if _merges(family):
         pipeline, drawn = family.pipeline(), network(family)
-        merged = {layer.get_base_layer() for layer in layers(pipeline)}
-        with fused(pipeline), packing.drawing(drawn, merged), projections.drawing(drawn):
+        with fused(pipeline), packing.drawing(drawn), projections.drawing(drawn):
             yield
     else:
         with training.learner.copies.fresh():
