@@ -16,7 +16,7 @@ from lora_nb.families import load_family, network, widened
 from lora_nb.inference import with_samples
 from lora_nb.trainer import train
 
-pytestmark = pytest.mark.skipif(not widened.SUPPORTED, reason="this CPU's kernels know no bfloat16")
+knows = pytest.mark.skipif(not widened.SUPPORTED, reason="this CPU's kernels know no bfloat16")
 
 
 def convolution(*args, dtype=torch.bfloat16, **kwargs):
@@ -32,6 +32,7 @@ def both(layer, x, seed=1):
     return y.detach(), torch.autograd.grad(y, x, dy.to(y.dtype))[0]
 
 
+@knows
 @pytest.mark.parametrize(
     ("args", "kwargs", "shape"),
     [
@@ -58,6 +59,7 @@ def test_numbers_are_torchs(args, kwargs, shape):
     assert both(conv, x[:1, :, :4])[0].shape[0] == 1  # another size of the input
 
 
+@knows
 @pytest.mark.parametrize(
     ("kwargs", "dtype"),
     [
@@ -77,6 +79,7 @@ def test_others_stay_torchs(kwargs, dtype):
     assert "forward" not in vars(conv)
 
 
+@knows
 def test_it_is_torchs_without_gradients_and_after_a_move():
     conv = convolution(8, 8, 3, padding=1)
     x = torch.randn(1, 8, 6, 6).bfloat16()
@@ -94,6 +97,7 @@ def test_it_is_torchs_without_gradients_and_after_a_move():
     assert "forward" not in vars(conv)
 
 
+@knows
 @pytest.mark.parametrize(("wide", "narrow", "side"), [(384, 256, 4), (384, 128, 8), (192, 64, 8)])
 def test_weights_lie_as_the_kernel_reads_them_at_that_size(wide, narrow, side):
     """Laid out for another size they are laid out anew at each call, in up to 80 times the convolution's time."""
@@ -117,6 +121,7 @@ def seconds(conv, x):
     return min(times)
 
 
+@knows
 def test_large_pictures_are_torchs():
     conv = convolution(8, 8, 3, padding=1)
     packing.pack(conv)
@@ -124,7 +129,9 @@ def test_large_pictures_are_torchs():
     assert conv.forward.packed_for is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=knows)], ids=str
+)
 @pytest.mark.parametrize("packed", [True, False], ids=["packed for steps", "not packed"])
 def test_drawing_packs_what_the_weights_are_then_and_leaves_no_trace(dtype, packed):
     conv = convolution(8, 8, 3, padding=1, dtype=dtype)
@@ -153,7 +160,7 @@ def test_drawing_leaves_other_dtypes_alone(dtype):
         assert "forward" not in vars(conv)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=knows)])
 def test_samples_are_drawn_with_packed_weights(config, monkeypatch, precision):
     ran, call = [], packing._Packed.__call__
     monkeypatch.setattr(
@@ -167,6 +174,7 @@ def test_samples_are_drawn_with_packed_weights(config, monkeypatch, precision):
     assert ran.count(False) > 10  # every step of a picture has ten such convolutions
 
 
+@knows
 def test_a_packed_network_can_be_copied_and_kept():
     conv = convolution(8, 8, 3, padding=1)
     x = torch.randn(1, 8, 6, 6).bfloat16()
@@ -181,6 +189,7 @@ def test_a_packed_network_can_be_copied_and_kept():
     torch.testing.assert_close(both(again, x), before, atol=0, rtol=0)
 
 
+@knows
 @pytest.mark.parametrize(
     "targets", [["to_q", "to_v"], ["conv1", "to_q"]], ids=["attention", "convolutions too"]
 )
