@@ -93,7 +93,7 @@ def plain_projection(
     branches = _of_branches(weight)
     a, b = _stacked(factors, branches)
     added = torch.bmm(_by_layer(x.to(branches) @ a.T, len(b)), b.mT)
-    y = F.linear(*operands(x, weight, bias)).to(branches)
+    y = products.linear(*operands(x, weight, bias)).to(branches)
     return (_by_layer(y, len(b)) + scale * added).transpose(0, 1).flatten(1).to(dtype)
 
 

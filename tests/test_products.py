@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_nb.bench.worker import uncounted
@@ -106,6 +108,25 @@ def test_a_run_learns_the_same(config, changes, ran, monkeypatch):
         losses[wider] = [step.loss for step in train(run.replace(**changes))]
         assert any(ran) == wider
     assert losses[True] == pytest.approx(losses[False], abs=1e-6)
+
+
+def test_a_compiled_graph_holds_them():
+    """In one piece, there and back; oneDNN's own operation is taken by the compiler with weights of its own only."""
+    x, weight, bias = torch.randn(2, 7, 40), torch.randn(24, 40), torch.randn(24)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    found = []
+    for run in (torch.compile(products.linear, backend=backend, fullgraph=True), products.linear):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf, weight, bias)
+        found.append((y, torch.autograd.grad(y.square().sum(), leaf)[0]))
+    torch.testing.assert_close(*found, atol=0, rtol=0)
+    assert ["lora_nb.product" in graph.code for graph in graphs] == [True, True]
 
 
 def test_the_benchmark_counts_their_multiplications():

@@ -35,14 +35,13 @@ def sooner(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.numel() * len(weight) >= FEW
-        and not torch.compiler.is_compiling()
     )
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + b, (..., out), for a function that has a gradient of its own."""
     if sooner(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return (_in_a_graph if torch.compiler.is_compiling() else _onednn)(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -65,6 +64,19 @@ def use(module: nn.Module) -> None:
 
 def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear(x, self.weight, self.bias)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# A name for the compiler to call: of oneDNN's own it takes weights only that it has packed itself.
+_in_a_graph = torch.library.custom_op("lora_nb::product", _onednn, mutates_args=())
+
+
+@_in_a_graph.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):
