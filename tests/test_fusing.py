@@ -78,12 +78,17 @@ def unet(family):
     return family.unet.requires_grad_(False)
 
 
+def forwards_of(unet):
+    """What hides the forward of its class, by module: on some CPUs a frozen layer's products do."""
+    return {m: vars(m)["forward"] for m in unet.modules() if "forward" in vars(m)}
+
+
 def of_type(unet, kind):
     return [module for module in unet.modules() if isinstance(module, kind)]
 
 
 def test_a_fused_unet_computes_the_same_and_is_undone(unet):
-    plain, torchs = result(unet), Torchs()
+    plain, torchs, own = result(unet), Torchs(), forwards_of(unet)
     blocks, gates = of_type(unet, ResnetBlock2D), of_type(unet, GEGLU)
     norms = of_type(unet, torch.nn.GroupNorm)
     assert fusing.fuse(unet, torchs) == len(blocks) + len(gates) + len(norms)
@@ -96,8 +101,9 @@ def test_a_fused_unet_computes_the_same_and_is_undone(unet):
         ("add",): len(blocks),
     }
     again = copy.deepcopy(unet)
+    assert forwards_of(unet) != own
     fusing.undo(unet)
-    assert not any("forward" in vars(module) for module in unet.modules())
+    assert forwards_of(unet) == own
     torch.testing.assert_close(result(unet), plain, atol=0, rtol=0)
     torchs.calls.clear()
     torch.testing.assert_close(
@@ -182,6 +188,7 @@ def test_norms_of_tokens_are_torchs():
 
 
 def test_without_a_working_triton_nothing_changes_but_a_warning(unet, monkeypatch):
+    own = forwards_of(unet)
     monkeypatch.setitem(sys.modules, "lora_nb.kernels", None)
     fusing._working.cache_clear()
     try:
@@ -189,7 +196,7 @@ def test_without_a_working_triton_nothing_changes_but_a_warning(unet, monkeypatc
             UserWarning, match="fused kernels do not work here .* fused_kernels=False"
         ):
             assert fusing.fuse(unet) == 0
-        assert not any("forward" in vars(module) for module in unet.modules())
+        assert forwards_of(unet) == own
     finally:
         fusing._working.cache_clear()
 
