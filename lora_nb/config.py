@@ -176,8 +176,8 @@ class TrainConfig:
     )
     channels_last: bool = _setting(
         True,
-        "keep the network's convolutions in the layout its fastest kernels read, on a CUDA GPU and in bf16 on a CPU "
-        "(there in copies of their weights); the result is the same to rounding",
+        "keep the network's convolutions in the layout its fastest kernels read, on a CUDA GPU, and on a CPU in "
+        "bf16 and for sample pictures (there in copies of their weights); the result is the same to rounding",
     )
     fused_kernels: bool = _setting(
         True,

@@ -16,8 +16,6 @@ from lora_nb import forwards
 from lora_nb.families import widened
 
 ONES = (1, 1)  # stride and dilation
-# Numbers of an input for each of the weight, from which on the output's way back to torch's layout takes longer.
-MOST = 1
 
 
 def pack(network: nn.Module) -> int:
@@ -89,12 +87,12 @@ class _Forward:
         conv = self.conv
         wanted = self.drawing != torch.is_grad_enabled()
         fits = _known(x) and x.dtype == conv.weight.dtype
-        pays = x.numel() < MOST * conv.weight.numel()
+        # With larger pictures the output's way back to torch's layout takes longer than the weight's to the kernel's.
+        pays = x.numel() < conv.weight.numel()
         if torch.compiler.is_compiling() or not (wanted and fits and pays):
             return type(conv).forward(conv, x)
-        packing = conv.weight.data_ptr(), x.shape
-        if self.packed_for != packing:
-            self.packed_for = packing
+        if self.packed_for != (conv.weight.data_ptr(), x.shape):
+            self.packed_for = conv.weight.data_ptr(), x.shape
             self._pack(conv.weight.detach())
         return self.there(x, conv.bias) if self.drawing else _Convolution.apply(x, conv.bias, self)
 

@@ -169,9 +169,12 @@ def test_samples_are_drawn_with_packed_weights(config, monkeypatch, precision):
         lambda *a: ran.append(torch.is_grad_enabled()) or call(*a),
     )
     run = config.replace(mixed_precision=precision, max_train_steps=1, num_inference_steps=2)
-    training = train(run.replace(validation_prompts=("a cat",), num_validation_images=1))
-    list(with_samples(training))
+    run = run.replace(validation_prompts=("a cat",), num_validation_images=1)
+    list(with_samples(train(run)))
     assert ran.count(False) > 10  # every step of a picture has ten such convolutions
+    ran.clear()
+    list(with_samples(train(run.replace(channels_last=False, overwrite=True))))
+    assert ran == []
 
 
 @knows

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def _wider(monkeypatch):
     """A CPU where oneDNN takes wider instructions, whichever this is, and pays from the first product on."""
     monkeypatch.setattr(products, "WIDER", True)
-    monkeypatch.setattr(products, "FEW", 0)
+    monkeypatch.setattr(products, "ENOUGH", 0)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_other_products_are_torchs(x, ran, monkeypatch):
     weight = torch.ones(4, 8, dtype=x.dtype, device=x.device)
     assert not products.sooner(x, weight)
     assert products.linear(x, weight, None).shape == (3, 4)
-    monkeypatch.setattr(products, "FEW", 2**10)
+    monkeypatch.setattr(products, "ENOUGH", 2**10)
     assert not products.sooner(torch.ones(3, 8), torch.ones(4, 8))
     monkeypatch.setattr(products, "WIDER", False)
     assert not products.sooner(torch.ones(64, 64), torch.ones(64, 64))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 # Multiplications from which on a layer saves more than a function with a gradient of its own takes.
-FEW = 2**22
+ENOUGH = 2**22
 
 
 def _wider() -> bool:
@@ -34,7 +34,7 @@ def sooner(x: torch.Tensor, weight: torch.Tensor) -> bool:
         WIDER
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
-        and x.numel() * len(weight) >= FEW
+        and x.numel() * len(weight) >= ENOUGH
     )
 
 

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ def _quick(training: Any) -> Iterator[None]:
     family = training.family
     if _merges(family):
         pipeline, drawn = family.pipeline(), network(family)
-        with fused(pipeline), packing.drawing(drawn), projections.drawing(drawn):
+        packed = packing.drawing(drawn) if training.config.channels_last else nullcontext()
+        with fused(pipeline), packed, projections.drawing(drawn):
             yield
     else:
         with training.learner.copies.fresh():
