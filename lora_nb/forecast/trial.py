@@ -150,7 +150,8 @@ class Trial:
         if graphed is not None:  # a replayed step allocates nothing: it has its memory already
             peak.bytes = max(peak.bytes, self._micro(self.training.gradients.micro_batch).memory)
         look = _seconds(self.training.monitor.health)
-        return sum(times) / len(times) + look / health.EVERY, peak.bytes
+        # The first of them is still warming up, and a neighbour's spikes are not the run's.
+        return statistics.median(times) + look / health.EVERY, peak.bytes
 
     def _micro(self, size: int) -> Micro:
         """Forward and backward of the first `size` pictures of the run, or as many of them as are of one size."""
