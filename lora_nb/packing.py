@@ -93,34 +93,35 @@ class _Forward:
             return type(conv).forward(conv, x)
         if self.packed_for != (conv.weight.data_ptr(), x.shape):
             self.packed_for = conv.weight.data_ptr(), x.shape
-            self._pack(conv.weight.detach())
+            self._pack(conv.weight.detach(), x.shape)
         return self.there(x, conv.bias) if self.drawing else _Convolution.apply(x, conv.bias, self)
 
-    def _pack(self, weight: torch.Tensor) -> None:
+    def _pack(self, weight: torch.Tensor, shape: torch.Size) -> None:
         sizes, padding = self.conv.kernel_size, self.conv.padding
-        self.there = _Packed(weight, padding)
+        self.there = _Packed(weight, padding, shape)
         if not self.drawing:
             # What a picture gets from its neighbours it gives back to them: the same convolution, turned half round.
             edges = [size - 1 - pad for size, pad in zip(sizes, padding, strict=True)]
-            self.back = _Packed(weight.flip(2, 3).transpose(0, 1), edges)
+            places = [
+                n + pad - edge for n, pad, edge in zip(shape[2:], padding, edges, strict=True)
+            ]
+            turned = weight.flip(2, 3).transpose(0, 1).contiguous()
+            self.back = _Packed(turned, edges, (shape[0], len(weight), *places))
 
 
 class _Packed:
-    """A weight (out, in, height, width) as the kernel reads it, for a padding and the size of its first input.
+    """A weight (out, in, height, width) as the kernel reads it, for a padding and inputs of a shape.
 
-    How the kernel reads it depends on that size. To lay out anew what was laid out for another takes up to 80 times as
+    How the kernel reads it depends on the shape. To lay out anew what was laid out for another takes up to 80 times as
     long as the convolution.
     """
 
-    def __init__(self, weight: torch.Tensor, padding: Any):
-        self.padding, self.weight = list(padding), weight
-        self.packed = False
+    def __init__(self, weight: torch.Tensor, padding: Any, shape: Any):
+        self.padding = list(padding)
+        pack = torch.ops.mkldnn._reorder_convolution_weight
+        self.weight = pack(weight, self.padding, ONES, ONES, 1, list(shape))
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not self.packed:
-            pack, self.packed = torch.ops.mkldnn._reorder_convolution_weight, True
-            weight = self.weight.contiguous()
-            self.weight = pack(weight, self.padding, ONES, ONES, 1, list(x.shape))
         run = torch.ops.mkldnn._convolution_pointwise
         y = run(x, self.weight, bias, self.padding, ONES, ONES, 1, "none", [], "")
         return y.contiguous()  # norms and whatever follows are fast in this layout only

@@ -89,7 +89,7 @@ class Products(TorchDispatchMode):
         self.all, self.narrow = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(name in str(func) for name in ("mm", "convolution")):
+        if any(name in str(func) for name in ("mm", "convolution", "linear_pointwise")):
             self.all += 1
             dtypes = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
             if torch.bfloat16 in dtypes:

@@ -71,7 +71,7 @@ def _pixels(
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
     batch_size = 1 if type(pipeline).__name__ in ONE_BY_ONE else batch_size
-    with scaled(pipeline, scale), _decoding_in_the_decoder_dtype(pipeline):
+    with scaled(pipeline, scale), _decoding(pipeline):
         for start in range(0, len(pairs), batch_size):
             chunk = pairs[start : start + batch_size]
             # CPU generators, one per picture: the same noise on every device and in every batch.
@@ -109,7 +109,7 @@ def _pairs(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tup
 
 
 @contextmanager
-def _decoding_in_the_decoder_dtype(pipeline: Any) -> Iterator[None]:
+def _decoding(pipeline: Any) -> Iterator[None]:
     """Hand the VAE (or MoVQ) latents of its own dtype: it stays float32 beside half-precision networks.
 
     On a CPU that knows bfloat16 it decodes such latents in that, in half the time; a pixel of the course's pictures
