@@ -115,13 +115,25 @@ def _write(wanted: Wanted, folder: Path) -> Path:
     if wanted.reference:
         script = f"huggingface/diffusers ({Path(wanted.reference).name})"
     command = "python -m lora_nb bench " + " ".join(_words(sys.argv))
-    text = tables.page(found, machine.describe(), command.strip(), script)
+    text, out = tables.page(found, machine.describe(), command.strip(), script), Path(wanted.out)
+    kept = "" if {"gpu", "gpu_capped"} & set(found) else _of_a_gpu(out)
+    return write_atomically(out, text + (kept or _expected(found.get("gpu"))))
+
+
+def _of_a_gpu(file: Path) -> str:
+    """What stands in the file of a GPU that was at hand when it was written: to measure here must not lose it."""
+    before = file.read_text() if file.is_file() else ""
+    _, title, rest = before.partition(f"\n{tables.GPU}")
+    return title + rest
+
+
+def _expected(measured: tables.Part | None) -> str:
+    """What is expected of the cases and the cards that were not measured."""
     large = [shape for shape in SHAPES.values() if shape.expected]
-    if expected := tables.predictions(large, found.get("gpu")):
-        text += "\n" + expected
-    if "gpu" in found and (others := tables.other_cards(large, found["gpu"])):
-        text += "\n" + others
-    return write_atomically(Path(wanted.out), text)
+    blocks = [tables.predictions(large, measured)]
+    if measured:
+        blocks.append(tables.other_cards(large, measured))
+    return "".join(f"\n{block}" for block in blocks if block)
 
 
 def _words(argv: list[str]) -> list[str]:

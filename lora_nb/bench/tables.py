@@ -10,6 +10,7 @@ Part = dict[str, Any]
 
 # Cards that many learners get: TFLOP/s in 16 bits by their maker's data sheet, and GiB that a process can have.
 CARDS = {"T4": (65.0, 14.6), "A100": (312.0, 39.4)}
+GPU = "## GPU: "  # the title of what was measured on one begins so
 FORETOLD = ("ours", "ours, checkpointing, offload")
 
 HEAD = """# Benchmarks
@@ -233,7 +234,7 @@ def _gpu(part: Part) -> str:
     names = (
         "shape", "batch", "precision", "loop", "samples/s", "ratio", "peak allocated", "reserved", "of floor", "note",
     )  # fmt: skip
-    title = f"## GPU: {part['gpu']}" + (", as a smaller card" if part["cap"] else "")
+    title = f"{GPU}{part['gpu']}" + (", as a smaller card" if part["cap"] else "")
     return (
         f"{title}\n\nMeasured by `python -m lora_nb bench --gpu` on a machine with this card, "
         f"{part['conditions']['on']}. {part['cap']} "

@@ -308,6 +308,22 @@ def test_other_cards_get_the_measured_share_of_their_floor():
     assert tables.other_cards(shapes, {"gpu": "one", "rows": rows[1:]}) == ""
 
 
+def test_measuring_on_a_cpu_keeps_what_the_file_says_of_a_gpu(tmp_path):
+    out, work = tmp_path / "B.md", tmp_path / "work"
+    part = {"rows": [], "gpu": "one", "peak": 700.0, "cap": "", "conditions": {"on": "Monday"}}
+    work.mkdir()
+    (work / "gpu.json").write_text(json.dumps(part))
+    command._write(command.Wanted(out=str(out)), work)
+    measured = out.read_text()
+    assert "## GPU: one" in measured
+    (work / "gpu.json").unlink()
+    command._write(command.Wanted(out=str(out)), work)
+    of_gpu = measured[measured.index("## GPU: one") :]
+    assert out.read_text().endswith(of_gpu)
+    command._write(command.Wanted(out=str(tmp_path / "new.md")), work)
+    assert "predictions, nothing measured" in (tmp_path / "new.md").read_text()
+
+
 def test_the_command_refuses_what_it_does_not_know(small):
     wanted = command.Wanted(only=("speed",), work=str(small.folder))
     with pytest.raises(ConfigError, match="no part 'speed'"):
