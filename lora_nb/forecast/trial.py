@@ -3,6 +3,7 @@
 import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from lora_nb.probe import DRAWS, Probe
 from lora_nb.trainer import Training
 
 LEAST, MOST = 2, 8  # timed steps
-ENOUGH = 1.0  # seconds of timed steps that are enough
+ENOUGH = 1.5  # seconds of one kind of work after which it is not timed again
 # What the libraries call it: diffusers, transformers from 5.2x on, and before.
 OFF = (
     "disable_gradient_checkpointing",
@@ -80,7 +81,7 @@ class Trial:
         self.training, self.peaks["loading"] = made[0], peak.bytes
 
     def measure(self) -> Measured:
-        """Each part once, the step itself two to eight times."""
+        """Each part once, what many of the run's seconds are reckoned from up to eight times."""
         picture, caption = self._encoding()
         first, training = self._first_step(), self.training
         step, peak = self._steady()
@@ -135,23 +136,21 @@ class Trial:
             warnings.simplefilter(
                 "ignore", UserWarning
             )  # that fewer pictures fit is in the forecast
-            return self._step()
+            return _seconds(self._step)
 
-    def _step(self) -> float:
-        return _seconds(lambda: self.training._log(self.training._step(0)))
+    def _step(self) -> None:
+        self.training._log(self.training._step(0))
 
     def _steady(self) -> tuple[float, int]:
         """Seconds of a warm step with its share of the looks at the adapters' health, and its peak in bytes."""
-        times: list[float] = []
         with meter.watch(self.device) as peak:
-            while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
-                times.append(self._step())
+            # The first of them is still warming up.
+            step = _typical(self._step, least=LEAST)
         graphed = self.training.graphed
         if graphed is not None:  # a replayed step allocates nothing: it has its memory already
             peak.bytes = max(peak.bytes, self._micro(self.training.gradients.micro_batch).memory)
         look = _seconds(self.training.monitor.health)
-        # The first of them is still warming up, and a neighbour's spikes are not the run's.
-        return statistics.median(times) + look / health.EVERY, peak.bytes
+        return step + look / health.EVERY, peak.bytes
 
     def _micro(self, size: int) -> Micro:
         """Forward and backward of the first `size` pictures of the run, or as many of them as are of one size."""
@@ -199,21 +198,21 @@ class Trial:
         if not config.validation_prompts:
             return 0.0
 
-        def draw(steps: int) -> float:
+        def draw(steps: int) -> None:
             training.config = config.replace(num_inference_steps=steps)
-            return _seconds(lambda: draw_samples(training, "trial", 0))
+            draw_samples(training, "trial", 0)
 
-        few = more = 0.0
+        few = each = 0.0
         try:
             with meter.watch(self.device) as peak:
                 draw(FEW)
-                few, more = draw(FEW), draw(MORE)
+                few = _typical(lambda: draw(FEW))
+                each = (_typical(lambda: draw(MORE)) - few) / (MORE - FEW)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
             peak.bytes = meter.total(self.device)
         training.config, self.peaks["validation"] = config, peak.bytes
-        each = (more - few) / (MORE - FEW)
         return few + each * (config.num_inference_steps - FEW)
 
     def _probe(self) -> tuple[float, float]:
@@ -224,9 +223,9 @@ class Trial:
         size = min(max(1, config.train_batch_size // DRAWS), len(training.held_out))
         arguments = training.family, training.held_out, size, config.train_batch_size
         arguments += training.cache.keep_captions, None, training.offload
-        made: list[Probe] = []
-        first = _seconds(lambda: made.append(Probe(*arguments)))
-        later = _seconds(lambda: made[0].measure(1))
+        made: deque[Probe] = deque(maxlen=1)
+        first = _typical(lambda: made.append(Probe(*arguments)))
+        later = _typical(lambda: made[0].measure(1))
         times = min(config.probe_size, len(training.held_out)) / size
         return times * first, times * later
 
@@ -239,6 +238,14 @@ def recompute(family: Family, on: bool) -> None:
     for module in family.trainable.values():
         off = next(getattr(module, name) for name in OFF if hasattr(module, name))
         off()
+
+
+def _typical(work: Callable[[], Any], least: int = 1) -> float:
+    """Median seconds of what is done again while that is soon done: a neighbour's spikes are not the run's."""
+    times: list[float] = []
+    while len(times) < least or (sum(times) < ENOUGH and len(times) < MOST):
+        times.append(_seconds(work))
+    return statistics.median(times)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
