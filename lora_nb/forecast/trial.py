@@ -22,7 +22,7 @@ from lora_nb.loss import diffusion_loss
 from lora_nb.probe import DRAWS, Probe
 from lora_nb.trainer import Training
 
-LEAST, MOST = 2, 8  # timed steps
+LEAST, MOST = 2, 8  # times: of a step at the least, of anything at the most
 ENOUGH = 1.5  # seconds of one kind of work after which it is not timed again
 # What the libraries call it: diffusers, transformers from 5.2x on, and before.
 OFF = (
