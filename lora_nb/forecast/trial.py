@@ -202,17 +202,17 @@ class Trial:
             training.config = config.replace(num_inference_steps=steps)
             draw_samples(training, "trial", 0)
 
-        few = each = 0.0
+        few = more = 0.0
         try:
             with meter.watch(self.device) as peak:
                 draw(FEW)
-                few = _typical(lambda: draw(FEW))
-                each = (_typical(lambda: draw(MORE)) - few) / (MORE - FEW)
+                few, more = (_typical(lambda n=n: draw(n)) for n in (FEW, MORE))
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
             peak.bytes = meter.total(self.device)
         training.config, self.peaks["validation"] = config, peak.bytes
+        each = (more - few) / (MORE - FEW)
         return few + each * (config.num_inference_steps - FEW)
 
     def _probe(self) -> tuple[float, float]:
